@@ -1,0 +1,43 @@
+"""mirageq: quantize a vision network without its data."""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
+
+from mirageq.errors import UserError
+from mirageq.evaluate import Accuracy, accuracy, agreement
+from mirageq.images import Batch, ImageSource, SyntheticSet
+from mirageq.journal import Journal
+from mirageq.methods import METHODS, Method
+from mirageq.methods.intraq import IntraQ
+from mirageq.methods.noise import Noise
+from mirageq.methods.zeroq import ZeroQ
+from mirageq.pipeline import Result, quantize
+from mirageq.quant import Scheme, Student
+from mirageq.recipe import Recipe
+from mirageq.teacher import Teacher
+from mirageq.tuning import Distill, TuningDiverged
+
+__all__ = [
+    "METHODS",
+    "Accuracy",
+    "Batch",
+    "Distill",
+    "ImageSource",
+    "IntraQ",
+    "Journal",
+    "Method",
+    "Noise",
+    "Recipe",
+    "Result",
+    "Scheme",
+    "Student",
+    "SyntheticSet",
+    "Teacher",
+    "TuningDiverged",
+    "UserError",
+    "ZeroQ",
+    "accuracy",
+    "agreement",
+    "quantize",
+]

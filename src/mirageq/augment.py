@@ -1,0 +1,77 @@
+"""Batched, differentiable augmentation of image tensors.
+
+Crop, resize and flip together say where each output pixel reads its image, so a whole batch is one sampling grid:
+no Python loop over images, and exact gradients back to the full image.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ATTEMPTS = 10  # as torchvision's RandomResizedCrop: this many draws, then the whole image
+
+
+def random_resized_crop(
+    images: Tensor,
+    generator: torch.Generator,
+    *,
+    scale: tuple[float, float] = (0.5, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    flip: float = 0.5,
+) -> Tensor:
+    """Crop each image of (N, C, H, W) independently, resize it back, and mirror it with probability `flip`.
+
+    `scale` is the range of the crop's area as a fraction of the image, `ratio` that of its aspect (width / height),
+    with the distribution of torchvision's `RandomResizedCrop`; bilinear, edges as in cropping first and resizing then.
+    """
+    count, _, height, width = images.shape
+    top, left, rows, columns = random_boxes(count, height, width, generator, scale, ratio)
+    mirrored = torch.rand(count, generator=generator) < flip
+    vertical = source_positions(top, rows, height)
+    horizontal = source_positions(left, columns, width)
+    horizontal = torch.where(mirrored[:, None], horizontal.flip(1), horizontal)
+    grid = torch.stack(
+        [
+            (2 * horizontal / max(width - 1, 1) - 1)[:, None, :].expand(-1, height, -1),
+            (2 * vertical / max(height - 1, 1) - 1)[:, :, None].expand(-1, -1, width),
+        ],
+        dim=-1,
+    )
+    grid = grid.to(images.device, images.dtype)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=True)
+
+
+def random_boxes(
+    count: int,
+    height: int,
+    width: int,
+    generator: torch.Generator,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Draw `count` crop boxes: top, left, rows, columns, each (count,) of whole pixels."""
+    shape = (ATTEMPTS, count)
+    area = height * width * torch.empty(shape).uniform_(*scale, generator=generator)
+    aspect = torch.empty(shape).uniform_(math.log(ratio[0]), math.log(ratio[1]), generator=generator).exp()
+    columns, rows = (area * aspect).sqrt().round().long(), (area / aspect).sqrt().round().long()
+    fits = (columns >= 1) & (columns <= width) & (rows >= 1) & (rows <= height)
+    first, each = fits.long().argmax(0), torch.arange(count)
+    fitted = fits.any(0)
+    rows = torch.where(fitted, rows[first, each], height)
+    columns = torch.where(fitted, columns[first, each], width)
+    top = (torch.rand(count, generator=generator) * (height - rows + 1)).long()
+    left = (torch.rand(count, generator=generator) * (width - columns + 1)).long()
+    return top, left, rows, columns
+
+
+def source_positions(start: Tensor, length: Tensor, size: int) -> Tensor:
+    """(N, size) positions, in pixels, that `size` outputs read when `length[n]` pixels from `start[n]` are stretched.
+
+    Positions stay on the crop's own pixels, so nothing outside the crop leaks in at its edges.
+    """
+    inside = (torch.arange(size) + 0.5) * (length[:, None] / size) - 0.5
+    return start[:, None] + inside.clamp_min(0).minimum(length[:, None] - 1.0)

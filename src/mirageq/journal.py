@@ -1,0 +1,133 @@
+"""Where a long computation tells how it goes, and keeps what it needs to go on after an interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Advance = Callable[..., None]
+"""`advance(step, **values)`: step `step` (0-based) is done, with these numbers to remember."""
+
+
+class Journal:
+    """History, progress bars and checkpoints of one run.
+
+    Without a folder the history stays in memory and nothing can be resumed; without a console nothing is shown.
+
+    Args:
+        folder: an existing directory; `history.jsonl` and `checkpoints/` are kept in it.
+        console: where progress bars are drawn.
+        checkpoint_seconds: the least time between two checkpoints of one computation.
+    """
+
+    def __init__(
+        self, folder: Path | None = None, console: Console | None = None, *, checkpoint_seconds: float = 30.0
+    ) -> None:
+        self.folder, self.console, self.checkpoint_seconds = folder, console, checkpoint_seconds
+        self.history: list[dict[str, Any]] = []
+        self._file = folder / "history.jsonl" if folder else None
+        if self._file and self._file.exists():
+            self.history = read_history(self._file)
+
+    @contextmanager
+    def stage(self, name: str, total: int, *, start: int = 0) -> Iterator[Advance]:
+        """Show and record a stage of `total` steps, of which `start` are already done.
+
+        Rows of this stage from step `start` on, left by an interrupted run that got further than its last
+        checkpoint, are dropped: they will be computed again.
+        """
+        kept = [row for row in self.history if row["stage"] != name or row["step"] < start]
+        if len(kept) < len(self.history):
+            self.history = kept
+            self._rewrite()
+        with self._progress() as progress:
+            bar = progress.add_task(name, total=total, completed=start, note="")
+
+            def advance(step: int, **values: float) -> None:
+                self._append({"stage": name, "step": step, **values})
+                progress.update(bar, completed=step + 1, note=_brief(values))
+
+            yield advance
+
+    def say(self, text: str) -> None:
+        """Print a line above the progress bars and keep it in the history."""
+        self._append({"stage": "note", "step": len(self.history), "text": text})
+        if self.console:
+            self.console.print(text, highlight=False, markup=False)
+
+    def checkpoint(self, name: str) -> Checkpoint:
+        """The checkpoint slot `name` of this run."""
+        path = self.folder / "checkpoints" / f"{name}.pt" if self.folder else None
+        return Checkpoint(path, self.checkpoint_seconds)
+
+    def _append(self, row: dict[str, Any]) -> None:
+        self.history.append(row)
+        if self._file:
+            with self._file.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def _rewrite(self) -> None:
+        if self._file:
+            self._file.write_text("".join(json.dumps(row) + "\n" for row in self.history))
+
+    def _progress(self) -> Progress:
+        columns = (
+            TextColumn("{task.description:<12}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        return Progress(*columns, console=self.console, disable=self.console is None)
+
+
+class Checkpoint:
+    """One resumable state on disk, replaced atomically; does nothing without a path."""
+
+    def __init__(self, path: Path | None, seconds: float) -> None:
+        self.path, self.seconds, self._saved_at = path, seconds, time.monotonic()
+
+    def load(self) -> dict[str, Any] | None:
+        """The saved state, or None."""
+        if self.path is None or not self.path.exists():
+            return None
+        return torch.load(self.path, weights_only=True)
+
+    def offer(self, state: Callable[[], dict[str, Any]]) -> None:
+        """Save `state()` if the last time is long enough ago."""
+        if self.path and time.monotonic() - self._saved_at >= self.seconds:
+            self.path.parent.mkdir(exist_ok=True)
+            written = self.path.with_suffix(".new")
+            torch.save(state(), written)
+            os.replace(written, self.path)
+            self._saved_at = time.monotonic()
+
+    def clear(self) -> None:
+        if self.path:
+            self.path.unlink(missing_ok=True)
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """The rows of a `history.jsonl`; a last line cut short by an interruption is left out."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _brief(values: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.3g}" for name, value in values.items())

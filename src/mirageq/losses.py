@@ -1,0 +1,65 @@
+"""Loss terms that two or more methods share: pure functions of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mirageq.observe import Observation
+from mirageq.teacher import BatchNormStatistics
+
+
+def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of (N, C, ...) over everything but channels, each (C,) in float32.
+
+    The variance is E[x^2] - E[x]^2, which needs no centred copy of `x`; see `benchmarks/synthesis_speed.py`.
+    """
+    return _ChannelStatistics.apply(x)
+
+
+class _ChannelStatistics(torch.autograd.Function):
+    """Two reductions forward and one fused multiply-add backward; nothing but `x` is kept."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        dims = [0, *range(2, x.dim())]
+        mean = x.mean(dims, dtype=torch.float32)
+        count = x.numel() // x.shape[1]
+        square = torch.linalg.vector_norm(x, dim=dims, dtype=torch.float32).square() / count
+        ctx.save_for_backward(x, mean)
+        ctx.count = count
+        return mean, (square - mean.square()).clamp_min_(0)
+
+    @staticmethod
+    def backward(ctx, grad_mean: Tensor, grad_var: Tensor) -> Tensor:  # type: ignore[override]
+        x, mean = ctx.saved_tensors
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        slope = grad_var * (2 / ctx.count)
+        offset = grad_mean / ctx.count - slope * mean
+        return torch.addcmul(offset.view(shape).to(x.dtype), x, slope.view(shape).to(x.dtype))
+
+
+def bn_alignment(seen: Observation, remembered: Iterable[BatchNormStatistics]) -> Tensor:
+    """Batch-normalisation statistics alignment, the term every method of the family shares.
+
+    `1/L sum_l [MSE(mean_l) + MSE(variance_l)]`, the squared errors averaged over channels, between the batch
+    statistics of each BN *input* and the running statistics (METHODS A.2; IntraQ eq. 2).
+    """
+    terms = []
+    for norm in remembered:
+        mean, var = channel_statistics(seen.bn_inputs[norm.name])
+        terms.append(F.mse_loss(mean, norm.mean) + F.mse_loss(var, norm.var))
+    return torch.stack(terms).mean()
+
+
+def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """`T^2 KL(softmax(teacher/T) || softmax(student/T))`, averaged over the batch; logits are (N, classes).
+
+    Multiplying by `T^2` keeps the size of the gradient independent of the temperature (Hinton et al., 2015).
+    """
+    log_student = F.log_softmax(student.float() / temperature, 1)
+    log_teacher = F.log_softmax(teacher.float() / temperature, 1)
+    return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2

@@ -1,0 +1,56 @@
+"""Every synthesis method: one file each, one line here.
+
+A method is a frozen dataclass of settings with `synthesize(teacher, count, *, seed, journal) -> ImageSource`. The command
+line, its help, the documentation's table and the conformance tests are all derived from `METHODS`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Protocol, runtime_checkable
+
+from mirageq.errors import UserError, did_you_mean
+from mirageq.images import ImageSource
+from mirageq.journal import Journal
+from mirageq.methods.intraq import IntraQ
+from mirageq.methods.noise import Noise
+from mirageq.methods.zeroq import ZeroQ
+from mirageq.teacher import Teacher
+
+METHODS: dict[str, type] = {"noise": Noise, "zeroq": ZeroQ, "intraq": IntraQ}
+
+
+@runtime_checkable
+class Method(Protocol):
+    """What a method must offer."""
+
+    def synthesize(
+        self, teacher: Teacher, count: int, *, seed: int = 0, journal: Journal | None = None
+    ) -> ImageSource:
+        """Make a source of `count` images from what the teacher remembers; randomness from `seed` alone."""
+        ...
+
+
+def find(name: str) -> type:
+    """The method class called `name`, or `package.module:Name` from anywhere.
+
+    Raises:
+        UserError: no such method, or not a method.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    if ":" not in name:
+        raise UserError(f"There is no method '{name}'; {did_you_mean(name, METHODS)}. Your own: package.module:Name.")
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"The method '{name}' cannot be imported: {error}.") from error
+    if not callable(getattr(found, "synthesize", None)):
+        raise UserError(f"'{name}' is not a method: it has no synthesize(teacher, count, *, seed, journal).")
+    return found
+
+
+def card(method: type) -> str:
+    """A method's card: the opening text of its file."""
+    return (importlib.import_module(method.__module__).__doc__ or "").strip()

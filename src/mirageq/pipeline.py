@@ -1,0 +1,111 @@
+"""The main job in reading order: synthesise, convert, calibrate, tune."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from torch import nn
+from torch.export import ExportedProgram
+
+from mirageq.errors import UserError
+from mirageq.images import ImageSource
+from mirageq.journal import Journal
+from mirageq.methods import Method
+from mirageq.quant import Scheme, Student, convert
+from mirageq.teacher import Teacher
+from mirageq.tuning import Distill, Tuner
+
+CALIBRATION_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `quantize` hands back.
+
+    Attributes:
+        teacher: the full-precision network.
+        student: the quantized network, calibrated and tuned.
+        source: the synthetic images.
+        seconds: wall-clock seconds of each stage.
+    """
+
+    teacher: Teacher
+    student: Student
+    source: ImageSource
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def quantize(
+    model: nn.Module | ExportedProgram | Teacher,
+    method: Method,
+    *,
+    image_shape: tuple[int, int, int] | None = None,
+    scheme: Scheme | None = None,
+    tuner: Tuner | None = None,
+    images: int = 1024,
+    calibration_images: int = 256,
+    seed: int = 0,
+    device: str = "cpu",
+    journal: Journal | None = None,
+) -> Result:
+    """Quantize a classifier without its data.
+
+    Args:
+        model: maps normalised images (N, C, H, W) to logits; never modified.
+        method: makes the images, e.g. `IntraQ()`.
+        image_shape: (C, H, W); not needed when `model` is a `Teacher`.
+        scheme: bits, placement and ranges; `Scheme()` is W4A4 as in the papers.
+        tuner: how the student learns; `Distill()` by default, `Distill(steps=0)` only calibrates.
+        images: how many images to make.
+        calibration_images: how many of them set the activation ranges.
+        seed: of everything random.
+        device: where to compute.
+        journal: history, progress bars and checkpoints; silent and in memory by default.
+
+    Raises:
+        UserError: anything wrong with the arguments, in one sentence.
+
+    Example:
+        >>> from mirageq import Distill, IntraQ, Scheme, quantize
+        >>> result = quantize(model, IntraQ(iterations=200), image_shape=(3, 32, 32),
+        ...                   scheme=Scheme(weight_bits=4, activation_bits=4), tuner=Distill(steps=500))
+        >>> logits = result.student(batch)
+    """
+    journal = journal or Journal()
+    if isinstance(model, Teacher):
+        teacher = model
+    elif image_shape is None:
+        raise UserError("Give image_shape=(channels, height, width), the shape the network was trained with.")
+    else:
+        teacher = Teacher.wrap(model, image_shape, device=device)
+    student = convert(teacher.network, scheme or Scheme()).to(teacher.device)
+
+    clock = _Clock()
+    source = method.synthesize(teacher, images, seed=seed, journal=journal)
+    clock.lap("synthesize")
+    calibrate(student, source, calibration_images)
+    clock.lap("calibrate")
+    (tuner or Distill()).tune(teacher, student, source, seed=seed, journal=journal)
+    clock.lap("tune")
+    return Result(teacher, student, source, clock.seconds)
+
+
+def calibrate(student: Student, source: ImageSource, images: int) -> None:
+    """Set the student's activation ranges on `images` images of the source."""
+    if images < 1:
+        raise UserError(f"calibration_images must be positive; got {images}.")
+    device = next(student.parameters()).device
+    student.calibrate(chunk.to(device) for chunk in source.sample(images).images.split(CALIBRATION_BATCH))
+
+
+class _Clock:
+    """Wall-clock seconds between laps."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name], self._last = now - self._last, now

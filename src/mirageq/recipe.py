@@ -1,0 +1,183 @@
+"""Recipes: synthesizer + scheme + tuner, as a table of plain values that a TOML file can hold."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from mirageq import methods
+from mirageq.errors import UserError, did_you_mean
+from mirageq.methods import Method
+from mirageq.quant import Scheme, parse_bits
+from mirageq.tuning import TUNERS, Distill, Tuner
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Table = dict[str, Any]
+
+SECTIONS = ("method", "scheme", "tuner")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides a quantized model besides the network and the seed."""
+
+    method: Method
+    scheme: Scheme = field(default_factory=Scheme)
+    tuner: Tuner = field(default_factory=Distill)
+    images: int = 1024
+    calibration_images: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("images", "calibration_images"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be positive; got {getattr(self, name)}.")
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    folder = Path(str(files("mirageq") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def read(name: str) -> Table:
+    """The table of a recipe file, or of a shipped recipe.
+
+    Raises:
+        UserError: no such recipe, or not TOML.
+    """
+    known = shipped()
+    path = known.get(name) or Path(name)
+    if not path.is_file():
+        raise UserError(f"There is no recipe '{name}': neither a file nor a shipped recipe; {did_you_mean(name, known)}.")
+    try:
+        return tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a TOML file: {error}.") from error
+
+
+def assign(table: Table, assignments: Sequence[str]) -> Table:
+    """A copy of the table with `section.key=value` texts put in; values are typed when the recipe is built.
+
+    >>> assign({"images": 64}, ["images=128", "method.lr=0.1"])
+    {'images': '128', 'method': {'lr': '0.1'}}
+    """
+    result = {key: dict(value) if isinstance(value, dict) else value for key, value in table.items()}
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if not equals:
+            raise UserError(f"A setting is given as key=value; got '{assignment}'.")
+        section, dot, name = key.strip().partition(".")
+        if dot and section not in SECTIONS:
+            raise UserError(f"There is no section '{section}' in a recipe; {did_you_mean(section, SECTIONS)}.")
+        if dot:
+            result.setdefault(section, {})[name] = value.strip()
+        else:
+            result[section] = value.strip()
+    return result
+
+
+def set_bits(table: Table, bits: str) -> Table:
+    """A copy of the table with the scheme's bits set from a text such as 'w4a4'."""
+    weight_bits, activation_bits = parse_bits(bits)
+    scheme = {**table.get("scheme", {}), "weight_bits": weight_bits, "activation_bits": activation_bits}
+    return {**table, "scheme": scheme}
+
+
+def build(table: Table) -> Recipe:
+    """The recipe that a table describes.
+
+    Raises:
+        UserError: an unknown section, method, tuner or setting (with the nearest known one), or a wrong type.
+    """
+    rest = dict(table)
+    method, tuner = (dict(_section(rest, name)) for name in ("method", "tuner"))
+    parts = {
+        "method": settings(methods.find(method.pop("name", "intraq")), method, "method"),
+        "scheme": settings(Scheme, _section(rest, "scheme"), "scheme"),
+        "tuner": settings(_tuner(tuner.pop("name", "distill")), tuner, "tuner"),
+    }
+    for section in SECTIONS:
+        rest.pop(section, None)
+    plain = settings(_Counts, rest, "the recipe")
+    return Recipe(**parts, images=plain.images, calibration_images=plain.calibration_images)
+
+
+def describe(recipe: Recipe) -> Table:
+    """The full table of a recipe, every default written out; `build(describe(recipe)) == recipe`."""
+    return {
+        "images": recipe.images,
+        "calibration_images": recipe.calibration_images,
+        "method": {"name": _name(methods.METHODS, recipe.method), **_values(recipe.method)},
+        "scheme": _values(recipe.scheme),
+        "tuner": {"name": _name(TUNERS, recipe.tuner), **_values(recipe.tuner)},
+    }
+
+
+def settings(kind: type, values: Table, where: str) -> Any:
+    """An instance of `kind` from plain values, converted to the types of its constructor."""
+    known = [name for name in inspect.signature(kind).parameters]
+    for name in values:
+        if name not in known:
+            raise UserError(f"{where} has no setting '{name}'; {did_you_mean(name, known)}.")
+    if not values:
+        return kind()
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, "settings")
+    for name, value in values.items():
+        try:
+            parser.parse_object({"settings": {name: value}})
+        except Exception as error:
+            expected = inspect.signature(kind).parameters[name].annotation
+            raise UserError(f"{where}: '{name}' expects {expected}; got {value!r}.") from error
+    parsed = parser.parse_object({"settings": values}).settings
+    return kind(**{name: parsed[name] for name in values})
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Counts:
+    images: int = Recipe.images
+    calibration_images: int = Recipe.calibration_images
+
+
+def _section(table: Table, name: str) -> Table:
+    section = table.get(name, {})
+    if not isinstance(section, dict):
+        raise UserError(f"'{name}' is a section of a recipe, [{name}], not a single value; got {section!r}.")
+    return section
+
+
+def _tuner(name: str) -> type:
+    if name not in TUNERS:
+        raise UserError(f"There is no tuner '{name}'; {did_you_mean(name, TUNERS)}.")
+    return TUNERS[name]
+
+
+def _name(registry: dict[str, type], value: object) -> str:
+    for name, kind in registry.items():
+        if type(value) is kind:
+            return name
+    return f"{type(value).__module__}:{type(value).__qualname__}"
+
+
+def _values(value: object) -> Table:
+    plain = asdict(value)  # type: ignore[call-overload]
+    return {key: list(item) if isinstance(item, tuple) else item for key, item in plain.items() if item is not None}
+
+
+def setting_lines(kind: type) -> list[str]:
+    """A line for each setting of a method, tuner or scheme: name, type and default."""
+    return [
+        f"{name}: {parameter.annotation} = {parameter.default!r}"
+        for name, parameter in inspect.signature(kind).parameters.items()
+    ]

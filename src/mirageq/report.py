@@ -1,0 +1,97 @@
+"""What people look at: contact sheets and loss curves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+import torch
+from torch import Tensor
+
+from mirageq.images import Batch
+from mirageq.journal import read_history
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402 - the backend must be chosen first
+
+Curves = dict[str, dict[str, list[tuple[int, float]]]]
+
+
+def to_pixels(images: Tensor, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> Tensor:
+    """Normalised images (N, C, H, W) -> pixels in [0, 1]: exact where the normalisation is known, else stretched."""
+    if mean is None or std is None:
+        low = images.amin((1, 2, 3), keepdim=True)
+        return (images - low) / (images.amax((1, 2, 3), keepdim=True) - low).clamp_min(1e-6)
+    shape = (1, -1, 1, 1)
+    return (images * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)).clamp(0, 1)
+
+
+def contact_sheet(
+    batch: Batch,
+    path: Path,
+    *,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+    classes: int = 10,
+    per_class: int = 8,
+) -> None:
+    """Write a PNG with one row a class: the first `classes` classes that occur, `per_class` images of each."""
+    pixels = to_pixels(batch.images, mean, std)
+    present = batch.labels.unique()[:classes].tolist()
+    size = 1.0 if pixels.shape[-1] < 100 else 1.6
+    figure, axes = plt.subplots(
+        len(present), per_class, figsize=(per_class * size + 1, len(present) * size), squeeze=False
+    )
+    for row, label in zip(axes, present, strict=True):
+        chosen = pixels[batch.labels == label][:per_class]
+        for axis, image in zip(row, chosen, strict=False):
+            axis.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray" if image.shape[0] == 1 else None)
+        for axis in row:
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.spines[:].set_visible(False)
+        row[0].set_ylabel(f"class {label}", rotation=0, ha="right", va="center", fontsize=9)
+    figure.tight_layout(pad=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def loss_curves(history: Path, path: Path) -> None:
+    """Write a PNG with the loss terms of synthesis (all batches over one another) and of tuning."""
+    curves = _curves(read_history(history))
+    painting = {stage: terms for stage, terms in curves.items() if stage.startswith("images")}
+    panels = [("synthesis, one line a batch", painting)] if painting else []
+    if "tune" in curves:
+        panels.append(("tuning", {"tune": curves["tune"]}))
+    figure, axes = plt.subplots(1, max(len(panels), 1), figsize=(6 * max(len(panels), 1), 4), squeeze=False)
+    for axis, (title, stages) in zip(axes[0], panels, strict=False):
+        _draw(axis, title, stages)
+    if not panels:
+        axes[0][0].set_title("this run has no losses")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _draw(axis: plt.Axes, title: str, stages: dict[str, dict[str, list[tuple[int, float]]]]) -> None:
+    names = sorted({name for terms in stages.values() for name in terms if name != "lr"})
+    for color, name in enumerate(names):
+        for index, terms in enumerate(stages.values()):
+            points = [(step, value) for step, value in terms.get(name, []) if value > 0]
+            if points:
+                axis.plot(*zip(*points, strict=True), color=f"C{color}", lw=1, alpha=0.8, label=None if index else name)
+    axis.set(title=title, xlabel="step", ylabel="weighted loss term", yscale="log")
+    axis.grid(alpha=0.3)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend()
+
+
+def _curves(history: list[dict]) -> Curves:
+    """History rows regrouped for plotting: stage -> term -> [(step, value)]."""
+    result: Curves = {}
+    for row in history:
+        if row["stage"] != "note":
+            for name, value in row.items():
+                if name not in ("stage", "step"):
+                    result.setdefault(row["stage"], {}).setdefault(name, []).append((row["step"], value))
+    return result

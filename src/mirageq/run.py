@@ -1,0 +1,220 @@
+"""A run: one network, one recipe, one seed, one directory that says everything about it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+import mirageq
+from mirageq import models
+from mirageq.errors import UserError
+from mirageq.images import SyntheticSet, hash_tensors
+from mirageq.journal import Journal
+from mirageq.pipeline import Result, quantize
+from mirageq.quant import Scheme, Student, convert
+from mirageq.recipe import Recipe, Table, build, describe, settings
+from mirageq.teacher import Teacher
+
+FORMAT = 1
+RECORD, IMAGES, STUDENT = "run.json", "synthetic.safetensors", "student.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkChoice:
+    """What `models.load` needs to find a network again."""
+
+    name: str
+    checkpoint: str | None = None
+    image_shape: tuple[int, int, int] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    def load(self) -> models.Network:
+        return models.load(
+            self.name,
+            checkpoint=Path(self.checkpoint) if self.checkpoint else None,
+            image_shape=self.image_shape,
+            mean=self.mean,
+            std=self.std,
+        )
+
+
+def load_teacher(choice: NetworkChoice, device: str = "cpu") -> Teacher:
+    """The teacher behind a choice of network."""
+    network = choice.load()
+    return Teacher.wrap(network.model, network.image_shape, mean=network.mean, std=network.std, device=device)
+
+
+class Run:
+    """A run directory. Make one with `create`, go on with `resume`, or read a finished one with `open`."""
+
+    def __init__(self, folder: Path, record: Table) -> None:
+        self.folder, self.record = folder, record
+
+    @staticmethod
+    def create(folder: Path, choice: NetworkChoice, recipe: Recipe, seed: int, teacher: Teacher) -> Run:
+        """Begin a run in a new or empty folder; nothing is written unless everything fits.
+
+        Raises:
+            UserError: the folder holds something already, or cannot be written.
+        """
+        check_folder(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        record = {
+            "format": FORMAT,
+            "status": "running",
+            "versions": _versions(),
+            "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "device": str(teacher.device)},
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "network": {**asdict(choice), "sha256": _network_hash(teacher), "classes": teacher.classes},
+            "seed": seed,
+            "recipe": describe(recipe),
+        }
+        run = Run(folder, record)
+        run._write()
+        return run
+
+    @staticmethod
+    def open(folder: Path) -> Run:
+        """Read a run's record.
+
+        Raises:
+            UserError: not a run directory, or of another format.
+        """
+        try:
+            record = json.loads((folder / RECORD).read_text())
+        except OSError as error:
+            raise UserError(f"{folder} is not a run directory: it has no readable {RECORD}.") from error
+        except json.JSONDecodeError as error:
+            raise UserError(f"{folder / RECORD} is damaged ({error}); the run cannot be read.") from error
+        if record.get("format") != FORMAT:
+            raise UserError(
+                f"{folder} was written in format {record.get('format')}, this version reads format {FORMAT}. "
+                "Use the version of mirageq named in its run.json."
+            )
+        return Run(folder, record)
+
+    @property
+    def finished(self) -> bool:
+        return self.record["status"] == "finished"
+
+    @property
+    def choice(self) -> NetworkChoice:
+        plain = {key: value for key, value in self.record["network"].items() if key in NetworkChoice.__annotations__}
+        return NetworkChoice(**{key: tuple(value) if isinstance(value, list) else value for key, value in plain.items()})
+
+    @property
+    def recipe(self) -> Recipe:
+        return build(self.record["recipe"])
+
+    @property
+    def seed(self) -> int:
+        return self.record["seed"]
+
+    def execute(self, teacher: Teacher, console: Console | None = None, *, checkpoint_seconds: float = 30.0) -> Result:
+        """Carry the run out, from wherever it was interrupted, and write its results.
+
+        Raises:
+            UserError: the network is not the one the run began with.
+        """
+        if _network_hash(teacher) != self.record["network"]["sha256"]:
+            raise UserError(f"The network has changed since {self.folder} was begun; start a new run for it.")
+        recipe = self.recipe
+        journal = Journal(self.folder, console, checkpoint_seconds=checkpoint_seconds)
+        result = quantize(
+            teacher,
+            recipe.method,
+            scheme=recipe.scheme,
+            tuner=recipe.tuner,
+            images=recipe.images,
+            calibration_images=recipe.calibration_images,
+            seed=self.seed,
+            journal=journal,
+        )
+        self._finish(result)
+        return result
+
+    def images(self) -> SyntheticSet:
+        """The images of the run."""
+        return SyntheticSet.load(self.folder / IMAGES, seed=self.seed)
+
+    def student(self, teacher: Teacher) -> Student:
+        """The quantized network of a finished run.
+
+        Raises:
+            UserError: the run is unfinished or its student file damaged or missing.
+        """
+        if not self.finished:
+            raise UserError(f"{self.folder} holds an unfinished run; finish it with: mirageq quantize --resume {self.folder}")
+        student = convert(teacher.network, settings(Scheme, self.record["recipe"]["scheme"], "scheme"))
+        try:
+            student.load_state_dict(load_file(self.folder / STUDENT))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise UserError(f"{self.folder / STUDENT} does not hold this run's student ({str(error).splitlines()[0]}).") from error
+        return student.to(teacher.device)
+
+    def _finish(self, result: Result) -> None:
+        if not (self.folder / IMAGES).exists():
+            sample = result.source.sample(self.recipe.images)
+            save_file({"images": sample.images.half().contiguous(), "labels": sample.labels}, self.folder / IMAGES)
+        save_file({name: tensor.contiguous() for name, tensor in result.student.state_dict().items()}, self.folder / STUDENT)
+        checkpoints = self.folder / "checkpoints"
+        if checkpoints.is_dir() and not any(checkpoints.iterdir()):
+            checkpoints.rmdir()
+        self.record["images"] = {"count": len(self.images()), "sha256": self.images().digest()}
+        self.record["student"] = {"sha256": hash_tensors(result.student.state_dict()), **asdict(result.student.size())}
+        self.record["seconds"] = {name: round(value, 2) for name, value in result.seconds.items()}
+        self.record["peak_memory_bytes"] = _peak_memory()
+        self.record["status"] = "finished"
+        self._write()
+
+    def _write(self) -> None:
+        written = self.folder / f"{RECORD}.new"
+        written.write_text(json.dumps(self.record, indent=2) + "\n")
+        os.replace(written, self.folder / RECORD)
+
+
+def check_folder(folder: Path) -> None:
+    """Raise a `UserError` unless `folder` is a place where a new run can be written; creates nothing."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"The output {folder} is a file; give a folder.")
+    if (folder / RECORD).exists():
+        raise UserError(
+            f"{folder} already holds a run. Give another folder, or continue that run with: mirageq quantize --resume {folder}"
+        )
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"The output folder {folder} is not empty; give a new or empty one.")
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(f"The output folder {folder} cannot be written: {error.strerror}.") from error
+
+
+def _network_hash(teacher: Teacher) -> str:
+    return hash_tensors(dict(teacher.network.state_dict()))
+
+
+def _versions() -> dict[str, str]:
+    return {"mirageq": mirageq.__version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def _peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+

@@ -1,0 +1,139 @@
+"""The frozen full-precision network, validated once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
+
+from mirageq.errors import UserError
+from mirageq.graph import batch_norms, capture, layer_name, stored
+from mirageq.observe import Observation, Observer
+
+Triple = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class BatchNormStatistics:
+    """What a batch normalisation remembers of its training inputs: per-channel mean and variance, each (C,)."""
+
+    name: str
+    mean: Tensor
+    var: Tensor
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen copy of a classifier, ready to be asked.
+
+    Make one with `Teacher.wrap`. Images are (N, C, H, W) floats in the network's own normalised input space.
+
+    Attributes:
+        network: the captured graph, images -> logits; no gradient reaches its tensors.
+        image_shape: (C, H, W).
+        classes: number of logits.
+        feature_dim: D of the penultimate features.
+        batch_norms: the running statistics, in order of computation; empty if the network has none.
+        mean, std: the normalisation, per channel for pixels in [0, 1]; None if unknown.
+    """
+
+    network: GraphModule
+    image_shape: tuple[int, int, int]
+    classes: int
+    feature_dim: int
+    batch_norms: tuple[BatchNormStatistics, ...]
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    observe: Observer
+
+    @staticmethod
+    def wrap(
+        model: nn.Module | ExportedProgram,
+        image_shape: tuple[int, int, int],
+        *,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+        device: str | torch.device = "cpu",
+    ) -> Teacher:
+        """Copy, freeze and check `model`; the caller's model is not touched.
+
+        Raises:
+            UserError: the model cannot be captured, holds non-finite numbers, or does not map images of
+                `image_shape` to a matrix of finite logits.
+        """
+        _check_normalisation(image_shape, mean, std)
+        network = capture(model, image_shape).to(device).requires_grad_(False)
+        _check_finite(network)
+        observe = Observer(network)
+        seen = _first_look(observe, image_shape, device)
+        norms = tuple(
+            BatchNormStatistics(layer_name(node), stored(network, node.args[3]), stored(network, node.args[4]))
+            for node in batch_norms(network.graph)
+        )
+        return Teacher(
+            network, tuple(image_shape), seen.logits.shape[1], seen.features.shape[1], norms, mean, std, observe
+        )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images (N, C, H, W) -> logits (N, classes)."""
+        return self.network(images)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def require_batch_norms(self, method: str) -> None:
+        """Raise a `UserError` unless the network has the running statistics that `method` lives on."""
+        if not self.batch_norms:
+            raise UserError(
+                f"{method} paints images from BatchNorm running statistics, and this network has no BatchNorm layer. "
+                "Use a network trained with BatchNorm, before its norms are folded away, or the method 'noise'."
+            )
+
+    def pseudo_labels(self, images: Tensor) -> Tensor:
+        """The classes (N,) this network assigns to images, for methods that assign none themselves."""
+        with torch.no_grad():
+            return self(images).argmax(1)
+
+
+def _check_normalisation(image_shape: tuple[int, ...], mean: tuple | None, std: tuple | None) -> None:
+    if len(image_shape) != 3 or min(image_shape) < 1:
+        raise UserError(f"An image shape is (channels, height, width), all positive; got {tuple(image_shape)}.")
+    for name, values in (("mean", mean), ("std", std)):
+        if values is not None and len(values) != image_shape[0]:
+            raise UserError(
+                f"{name} must have one number for each of the {image_shape[0]} channels; got {len(values)}: {values}."
+            )
+    if std is not None and min(std) <= 0:
+        raise UserError(f"std must be positive in every channel; got {std}.")
+
+
+def _check_finite(network: GraphModule) -> None:
+    for name, tensor in network.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            bad = int((~tensor.isfinite()).sum())
+            raise UserError(
+                f"The network's tensor '{name}' holds {bad} values that are NaN or infinite (of {tensor.numel()}). "
+                "Use an undamaged checkpoint."
+            )
+
+
+def _first_look(observe: Observer, image_shape: tuple[int, int, int], device: str | torch.device) -> Observation:
+    """Show the network two blank images to learn its shapes."""
+    try:
+        with torch.no_grad():
+            seen = observe(torch.zeros(2, *image_shape, device=device))
+    except Exception as error:
+        raise UserError(
+            f"The network does not accept images of shape {tuple(image_shape)} (channels, height, width): "
+            f"{str(error).splitlines()[0]}. Give the shape it was exported with."
+        ) from error
+    if seen.logits.dim() != 2:
+        raise UserError(
+            f"The network must return logits (N, classes); for 2 images it returned a tensor of shape "
+            f"{tuple(seen.logits.shape)}. Wrap it so that it classifies whole images."
+        )
+    return seen

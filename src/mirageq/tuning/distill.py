@@ -1,0 +1,213 @@
+"""Tuning by distillation: the student learns to answer as the teacher does on synthetic images.
+
+Idea: minimise `T^2 KL(teacher || student)` at temperature T, plus (if wanted) cross-entropy with the labels the images
+were made for and the distance of the penultimate features, over weights, biases and BatchNorm scales and shifts.
+Reference: Hinton et al. 2015 for the loss; the schedule and weights of IntraQ's second stage (METHODS A.6).
+Differences from the official code: activation ranges are calibrated on the method's own images before tuning; the rate
+is one at which the run does not diverge (the official CIFAR runs end in NaN after one to three epochs); the gradient is
+clipped; a divergence guard watches; the last step counts, never the best on a test set.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mirageq.augment import random_resized_crop
+from mirageq.errors import UserError
+from mirageq.images import Batch, ImageSource
+from mirageq.journal import Journal
+from mirageq.losses import distillation
+from mirageq.quant import Student
+from mirageq.seeding import stream
+from mirageq.teacher import Teacher
+from mirageq.tuning.guard import DivergenceGuard
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distill:
+    """Settings of tuning by distillation.
+
+    Attributes:
+        steps: updates of the student; 0 leaves the calibrated student as it is.
+        batch_size: images of one update.
+        optimizer: "sgd" (Nesterov momentum) or "adam".
+        lr: peak learning rate.
+        schedule: "cosine" to zero, "step" (times `lr_factor` at each of `milestones`), or "constant".
+        warmup: fraction of the steps over which the rate rises linearly from zero.
+        milestones: fractions of the run at which the "step" schedule lowers the rate.
+        kd_weight: weight of the distillation term, which already contains T^2 (the paper's alpha, 20).
+        temperature: T of both softmaxes.
+        ce_weight: weight of the cross-entropy with the images' labels.
+        feature_weight: weight of the mean squared error of the penultimate features.
+        clip_norm: largest gradient norm of an update; 0 does not clip.
+        crop_scale: smallest area of the random crops (with mirroring) the images are seen through; 1 shows them whole.
+    """
+
+    steps: int = 1000
+    batch_size: int = 64
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    lr: float = 1e-5
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    warmup: float = 0.0
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    lr_factor: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    kd_weight: float = 20.0
+    temperature: float = 20.0
+    ce_weight: float = 1.0
+    feature_weight: float = 0.0
+    clip_norm: float = 0.0
+    crop_scale: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("optimizer", ("sgd", "adam")), ("schedule", ("cosine", "step", "constant"))):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
+        if self.steps < 0 or self.batch_size < 1 or self.lr <= 0 or self.temperature <= 0:
+            raise UserError(
+                "Tuning needs steps >= 0, batch_size >= 1, lr > 0 and temperature > 0; got "
+                f"{self.steps}, {self.batch_size}, {self.lr} and {self.temperature}."
+            )
+        if not 0 < self.crop_scale <= 1:
+            raise UserError(f"crop_scale is a fraction of the image's area in (0, 1]; got {self.crop_scale}.")
+
+    def tune(
+        self, teacher: Teacher, student: Student, source: ImageSource, *, seed: int = 0, journal: Journal | None = None
+    ) -> None:
+        """Tune a calibrated `student` in place on `source`, resuming from the journal's checkpoint if there is one.
+
+        Raises:
+            TuningDiverged: the loss kept exploding or turning NaN at ever lower rates.
+        """
+        if self.steps == 0:
+            return
+        journal = journal or Journal()
+        run = _Run(self, student, source, seed)
+        checkpoint = journal.checkpoint("tune")
+        if state := checkpoint.load():
+            run.load_state_dict(state)
+        batches = source.batches(self.batch_size, student)
+        with journal.stage("tune", self.steps, start=run.step) as advance:
+            while run.step < self.steps:
+                terms = run.update(teacher, batches, journal.say)
+                if terms is not None:
+                    advance(run.step - 1, **terms)
+                    checkpoint.offer(run.state_dict)
+        checkpoint.clear()
+
+    def rate(self, step: int) -> float:
+        """The learning rate of update `step` (0-based)."""
+        done = step / self.steps
+        rise = min(1.0, (step + 1) / (self.warmup * self.steps)) if self.warmup else 1.0
+        if self.schedule == "cosine":
+            return self.lr * rise * (1 + math.cos(math.pi * done)) / 2
+        passed = sum(done >= milestone for milestone in self.milestones) if self.schedule == "step" else 0
+        return self.lr * rise * self.lr_factor**passed
+
+    def loss(self, teacher: Teacher, student: Student, batch: Batch) -> dict[str, Tensor]:
+        """The weighted terms on one batch."""
+        with torch.no_grad():
+            if self.feature_weight:
+                seen = teacher.observe(batch.images)
+                target, target_features = seen.logits, seen.features
+            else:
+                target = teacher(batch.images)
+        logits, features = student.observe(batch.images)
+        terms = {"kd": self.kd_weight * distillation(logits, target, self.temperature)}
+        if self.ce_weight:
+            terms["ce"] = self.ce_weight * F.cross_entropy(logits, batch.labels)
+        if self.feature_weight:
+            terms["feature"] = self.feature_weight * F.mse_loss(features, target_features)
+        return terms
+
+
+class _Run:
+    """The moving parts of one tuning run: student, optimizer, position, randomness, guard."""
+
+    def __init__(self, settings: Distill, student: Student, source: ImageSource, seed: int) -> None:
+        self.settings, self.student, self.source = settings, student, source
+        parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
+        self.optimizer: torch.optim.Optimizer
+        if settings.optimizer == "sgd":
+            self.optimizer = torch.optim.SGD(
+                parameters,
+                lr=settings.lr,
+                momentum=settings.momentum,
+                nesterov=settings.momentum > 0,
+                weight_decay=settings.weight_decay,
+            )
+        else:
+            self.optimizer = torch.optim.Adam(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+        self.generator = stream(seed, "tune")
+        self.guard = DivergenceGuard()
+        self.step = 0
+        self._keep()
+
+    def update(
+        self, teacher: Teacher, batches: Iterator[Batch], say: Callable[[str], None]
+    ) -> dict[str, float] | None:
+        """One step; None if the guard took the student back to its last good state instead."""
+        settings = self.settings
+        batch = self._prepare(next(batches), teacher.device)
+        terms = settings.loss(teacher, self.student, batch)
+        total = torch.stack(list(terms.values())).sum()
+        if self.guard.alarmed_by(float(total.detach())):
+            say(self.guard.back_off(self.step, float(total.detach()), settings.lr))
+            self._restore()
+            return None
+        rate = settings.rate(self.step) * self.guard.lr_scale
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad()
+        total.backward()
+        if settings.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.student.parameters(), settings.clip_norm)
+        self.optimizer.step()
+        self.step += 1
+        if self.guard.calm(self.step):
+            self._keep()
+        return {**{name: float(term.detach()) for name, term in terms.items()}, "lr": rate}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "student": self.student.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "source": self.source.state_dict(),
+            "generator": self.generator.get_state(),
+            "guard": self.guard.state_dict(),
+            "step": self.step,
+            "good": self._good,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.student.load_state_dict(state["student"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.source.load_state_dict(state["source"])
+        self.generator.set_state(state["generator"])
+        self.guard.load_state_dict(state["guard"])
+        self.step, self._good = state["step"], state["good"]
+
+    def _prepare(self, batch: Batch, device: torch.device) -> Batch:
+        images, labels = batch.images.to(device), batch.labels.to(device)
+        if self.settings.crop_scale < 1:
+            images = random_resized_crop(images, self.generator, scale=(self.settings.crop_scale, 1.0))
+        return Batch(images, labels)
+
+    def _keep(self) -> None:
+        self._good = copy.deepcopy(
+            {"student": self.student.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
+        )
+
+    def _restore(self) -> None:
+        self.student.load_state_dict(self._good["student"])
+        self.optimizer.load_state_dict(copy.deepcopy(self._good["optimizer"]))
+        self.step = self._good["step"]

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mirageq.augment import random_boxes, random_resized_crop
+
+
+def stream(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("shape", [(6, 3, 32, 32), (5, 1, 24, 40), (4, 3, 17, 9)])
+def test_crop_equals_cutting_out_and_resizing_each_image(shape):
+    images = torch.randn(shape, generator=stream(1), dtype=torch.float64)
+    top, left, rows, columns = random_boxes(shape[0], *shape[2:], stream(), (0.5, 1.0), (3 / 4, 4 / 3))
+    cropped = random_resized_crop(images, stream(), flip=0.0)
+    for i, image in enumerate(images):
+        piece = image[None, :, top[i] : top[i] + rows[i], left[i] : left[i] + columns[i]]
+        expected = F.interpolate(piece, size=shape[2:], mode="bilinear", align_corners=False)
+        torch.testing.assert_close(cropped[i : i + 1], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_flip_mirrors_columns():
+    images = torch.randn(8, 3, 16, 16, generator=stream(1))
+    whole = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
+    torch.testing.assert_close(random_resized_crop(images, stream(), flip=0.0, **whole), images)
+    torch.testing.assert_close(random_resized_crop(images, stream(), flip=1.0, **whole), images.flip(3))
+
+
+def test_boxes_fill_the_asked_area_and_stay_inside():
+    top, left, rows, columns = random_boxes(4000, 64, 64, stream(), (0.5, 1.0), (3 / 4, 4 / 3))
+    area = rows * columns / 64**2
+    assert 0.47 < area.min() < 0.53
+    assert area.max() <= 1
+    assert (top >= 0).all() and (top + rows <= 64).all()
+    assert (left >= 0).all() and (left + columns <= 64).all()
+    # Areas whose shape does not fit are drawn again, which favours small ones: torchvision's mean is below 0.75 too.
+    assert 0.68 < area.mean() < 0.76
+    assert 0.70 < (columns / rows).min()
+    assert (columns / rows).max() < 1.42
+
+
+def test_gradient_reaches_only_the_pixels_of_the_crop():
+    images = torch.randn(1, 1, 20, 20, generator=stream(1), requires_grad=True)
+    top, left, rows, columns = (int(v) for v in random_boxes(1, 20, 20, stream(3), (0.2, 0.3), (3 / 4, 4 / 3)))
+    random_resized_crop(images, stream(3), scale=(0.2, 0.3)).sum().backward()
+    seen = torch.zeros(20, 20, dtype=torch.bool)
+    seen[top : top + rows, left : left + columns] = True
+    assert (images.grad[0, 0][~seen].abs() < 1e-4).all()
+    assert (images.grad[0, 0][seen] > 0).all()
+
+
+def test_images_are_cropped_independently():
+    images = torch.randn(1, 3, 32, 32, generator=stream(1)).expand(16, -1, -1, -1)
+    views = random_resized_crop(images, stream())
+    assert len({view.sum().item() for view in views}) == 16

@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim, export
+
+from mirageq import graph
+from mirageq.errors import UserError
+from mirageq.teacher import Teacher
+from mirageq.testing import SHAPE, TinyResNet
+
+
+class InPlace(nn.Module):
+    """In-place activations and sums, dropout, and a value used after it was changed in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.fc = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Linear(6, 4)
+        self.act, self.drop = nn.Hardswish(inplace=True), nn.Dropout(0.5)
+
+    def forward(self, x):
+        x = nn.functional.relu_(self.bn(self.conv(x)))
+        y = x
+        x += 1
+        x = self.drop(self.act(x) + y)
+        return self.fc(x.mean((2, 3)))
+
+
+def test_capture_agrees_with_the_model_and_leaves_it_alone():
+    model = InPlace().train()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    captured = graph.capture(model, SHAPE)
+    assert model.training
+    images = torch.randn(5, *SHAPE)
+    assert torch.equal(captured(images), InPlaceEval(model)(images))
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    targets = [str(node.target) for node in captured.graph.nodes if node.op == "call_function"]
+    assert not [target for target in targets if target.split(".")[1].endswith("_") or "dropout" in target]
+
+
+def InPlaceEval(model):  # noqa: N802 - reads as the module it returns
+    copy = InPlace()
+    copy.load_state_dict(model.state_dict())
+    return copy.eval()
+
+
+def test_layers_keep_their_names():
+    captured = graph.capture(TinyResNet(), SHAPE)
+    assert [graph.layer_name(node) for node in graph.batch_norms(captured.graph)] == ["bn1", "bn2", "bn3"]
+    assert [graph.layer_name(node) for node in graph.weighted(captured.graph)] == ["conv1", "conv2", "conv3", "linear"]
+
+
+def test_observation_equals_what_hooks_on_the_model_see():
+    model, seen = TinyResNet(), {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_pre_hook(lambda _, inputs, name=name: seen.__setitem__(name, inputs[0]))
+    model.linear.register_forward_pre_hook(lambda _, inputs: seen.__setitem__("features", inputs[0]))
+    images = torch.randn(4, *SHAPE)
+    logits = model(images)
+    observation = Teacher.wrap(TinyResNet(), SHAPE).observe(images)
+    torch.testing.assert_close(observation.logits, logits)
+    torch.testing.assert_close(observation.features, seen["features"])
+    assert list(observation.bn_inputs) == ["bn1", "bn2", "bn3"]
+    for name, value in observation.bn_inputs.items():
+        torch.testing.assert_close(value, seen[name])
+
+
+def test_an_exported_file_serves_as_well_as_the_model(tmp_path):
+    model = TinyResNet()
+    torch.export.save(export(model, (torch.zeros(2, *SHAPE),), dynamic_shapes=({0: Dim("n")},)), tmp_path / "net.pt2")
+    program, shape = graph.load_exported(tmp_path / "net.pt2")
+    assert shape == SHAPE
+    teacher = Teacher.wrap(program, shape)
+    images = torch.randn(7, *SHAPE)
+    torch.testing.assert_close(teacher(images), model(images))
+    assert [norm.name for norm in teacher.batch_norms] == ["bn1", "bn2", "bn3"]
+
+
+def test_a_file_exported_for_one_batch_size_is_refused(tmp_path):
+    torch.export.save(export(TinyResNet(), (torch.zeros(2, *SHAPE),)), tmp_path / "net.pt2")
+    with pytest.raises(UserError, match="exported for batches of exactly 2"):
+        graph.load_exported(tmp_path / "net.pt2")
+
+
+def test_a_damaged_exported_file_is_named(tmp_path):
+    (tmp_path / "net.pt2").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match="net.pt2 is not a readable exported program"):
+        graph.load_exported(tmp_path / "net.pt2")
+
+
+def test_a_program_exported_in_training_mode_is_refused():
+    program = export(TinyResNet().train(), (torch.zeros(2, *SHAPE),), dynamic_shapes=({0: Dim("n")},))
+    with pytest.raises(UserError, match="training mode"):
+        graph.capture(program, SHAPE)
+
+
+class Branching(TinyResNet):
+    def forward(self, images):
+        return super().forward(images) if images.sum() > -1 else images.flatten(1)
+
+
+class Pair(TinyResNet):
+    def forward(self, images):
+        logits = super().forward(images)
+        return logits, logits
+
+
+class Map(TinyResNet):
+    def forward(self, images):
+        return self.conv1(images)
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "message"),
+    [
+        (TinyResNet(), (1, 16, 16), r"does not accept images of shape \(1, 16, 16\)"),
+        (Branching(), SHAPE, "torch.export cannot capture"),
+        (Pair(), SHAPE, "return one tensor of logits"),
+        (Map(), SHAPE, r"must return logits \(N, classes\)"),
+        (nn.Flatten(), SHAPE, "has no parameters"),
+        (TinyResNet(), (3, 16), "An image shape is"),
+    ],
+)
+def test_networks_that_cannot_serve_are_refused_in_a_sentence(model, shape, message):
+    with pytest.raises(UserError, match=message):
+        Teacher.wrap(model, shape)
+
+
+def test_weights_that_are_not_numbers_are_refused_by_name():
+    model = TinyResNet()
+    model.conv2.weight.data[0, 0, 0, 0] = float("nan")
+    with pytest.raises(UserError, match="'conv2.weight' holds 1 values that are NaN or infinite"):
+        Teacher.wrap(model, SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"mean": (0.5,)}, "mean must have one number for each of the 3 channels"), ({"std": (1, 0, 1)}, "std must be positive")],
+)
+def test_a_normalisation_that_does_not_fit_is_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        Teacher.wrap(TinyResNet(), SHAPE, **options)

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+from itertools import islice
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mirageq.errors import UserError
+from mirageq.images import GrowingSet, SyntheticSet
+
+SHAPE = (3, 4, 5)
+
+
+def images(count, seed=0):
+    return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_growing_file_is_readable_by_safetensors_and_keeps_what_was_written(tmp_path):
+    path = tmp_path / "set.safetensors"
+    growing = GrowingSet(7, SHAPE, path)
+    growing.write(0, images(4), torch.arange(4))
+    assert growing.finished == 4
+    assert not path.exists(), "the final name appears only when the set is complete"
+    growing.write(4, images(3, seed=1), torch.arange(3))
+    finished = growing.finish(seed=0)
+    stored = load_file(path)
+    assert torch.equal(stored["images"], torch.cat([images(4), images(3, seed=1)]).half())
+    assert stored["labels"].tolist() == [0, 1, 2, 3, 0, 1, 2]
+    assert torch.equal(finished.sample(7).images, stored["images"].float())
+
+
+def test_a_growing_file_goes_on_where_it_was(tmp_path):
+    path = tmp_path / "set.safetensors"
+    GrowingSet(6, SHAPE, path).write(0, images(4), torch.zeros(4, dtype=torch.int64))
+    again = GrowingSet(6, SHAPE, path)
+    assert again.finished == 4
+    assert torch.equal(again.read(0, 4).images, images(4).half().float())
+
+
+def test_a_finished_file_counts_as_fully_painted(tmp_path):
+    path = tmp_path / "set.safetensors"
+    growing = GrowingSet(2, SHAPE, path)
+    growing.write(0, images(2), torch.zeros(2, dtype=torch.int64))
+    growing.finish(seed=0)
+    assert GrowingSet(2, SHAPE, path).finished == 2
+
+
+def test_memory_and_file_give_the_same_bits(tmp_path):
+    sets = []
+    for path in (None, tmp_path / "set.safetensors"):
+        growing = GrowingSet(3, SHAPE, path)
+        growing.write(0, images(3), torch.arange(3))
+        sets.append(growing.finish(seed=0).digest())
+    assert sets[0] == sets[1]
+
+
+def test_a_begun_file_of_another_size_is_refused(tmp_path):
+    GrowingSet(6, SHAPE, tmp_path / "set.safetensors").write(0, images(2), torch.arange(2))
+    with pytest.raises(UserError, match="begun with another image count or shape"):
+        GrowingSet(8, SHAPE, tmp_path / "set.safetensors")
+
+
+def test_every_epoch_shows_each_image_once_in_another_order():
+    source = SyntheticSet(images(8), torch.arange(8), seed=3)
+    labels = [batch.labels.tolist() for batch in islice(source.batches(4), 4)]
+    first, second = labels[0] + labels[1], labels[2] + labels[3]
+    assert sorted(first) == sorted(second) == list(range(8))
+    assert first != second
+
+
+def test_a_batch_larger_than_the_set_is_refused():
+    with pytest.raises(UserError, match="batch size 16 is larger than the set of 8"):
+        next(SyntheticSet(images(8), torch.arange(8)).batches(16))
+
+
+@pytest.mark.parametrize("content", [b"", b"not a set", None])
+def test_a_damaged_or_missing_file_is_named(tmp_path, content):
+    path = tmp_path / "set.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match="not a readable file of synthetic images"):
+        SyntheticSet.load(path)
+
+
+def test_a_truncated_file_is_named(tmp_path):
+    path = tmp_path / "set.safetensors"
+    save_file({"images": images(8), "labels": torch.arange(8)}, path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="not a readable file"):
+        SyntheticSet.load(path)
+
+
+def test_an_unfinished_set_is_refused(tmp_path):
+    path = tmp_path / "set.safetensors"
+    save_file({"images": images(2), "labels": torch.tensor([0, -1])}, path)
+    with pytest.raises(UserError, match="1 unfinished images; resume"):
+        SyntheticSet.load(path)
