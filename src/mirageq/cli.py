@@ -16,6 +16,7 @@ import mirageq
 from mirageq import methods, recipe
 from mirageq.errors import UserError
 from mirageq.run import IMAGES, NetworkChoice, Run, check_folder, load_teacher
+from mirageq.teacher import Teacher
 
 INTERRUPTED = 130
 
@@ -37,26 +38,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _quantize(options: argparse.Namespace) -> None:
+def _quantize(options: argparse.Namespace, only_images: bool = False) -> None:
     if options.resume:
-        run = Run.open(options.resume)
-        options.out = run.folder
-        if run.finished:
-            raise UserError(f"{run.folder} is finished already; see it with: mirageq show {run.folder}")
-        teacher = load_teacher(run.choice, _device(options))
-        console.print(f"continuing [bold]{escape(str(run.folder))}[/]", highlight=False)
+        run, teacher = _resume(options)
     else:
-        if not options.model or not options.out:
-            raise UserError("quantize needs a MODEL and --out FOLDER, or --resume FOLDER.")
-        wanted = recipe.build(_recipe_table(options))
-        check_folder(options.out)
-        choice = _choice(options)
-        teacher = load_teacher(choice, _device(options))
-        run = Run.create(options.out, choice, wanted, options.seed, teacher)
-    kind = run.record["recipe"]
+        run, teacher = _begin(options, only_images)
+    kind, scheme = run.record["recipe"], run.recipe.scheme
+    then = "" if only_images else f", {scheme.bits} ({scheme.placement}), {kind['tuner'].get('steps', 0)} steps"
     console.print(
-        f"[bold]{escape(run.choice.name)}[/]  {kind['method']['name']}, {run.recipe.scheme.bits} "
-        f"({run.recipe.scheme.placement}), {kind['images']} images, {kind['tuner'].get('steps', 0)} steps, seed {run.seed}",
+        f"[bold]{escape(run.choice.name)}[/]: {kind['images']} images by {kind['method']['name']}{then}, seed {run.seed}",
         highlight=False,
     )
     run.execute(teacher, console)
@@ -64,16 +54,25 @@ def _quantize(options: argparse.Namespace) -> None:
 
 
 def _synthesize(options: argparse.Namespace) -> None:
-    table = recipe.assign(_recipe_table(options), ["tuner.name=distill", "tuner.steps=0"])
-    if options.count:
-        table["images"] = options.count
-    wanted = recipe.build(table)
+    _quantize(options, only_images=True)
+
+
+def _begin(options: argparse.Namespace, only_images: bool) -> tuple[Run, Teacher]:
+    if not options.model or not options.out:
+        raise UserError("A run needs a MODEL and --out FOLDER, or --resume FOLDER.")
+    wanted = recipe.build(_recipe_table(options))
     check_folder(options.out)
     choice = _choice(options)
     teacher = load_teacher(choice, _device(options))
-    run = Run.create(options.out, choice, wanted, options.seed, teacher)
-    run.execute(teacher, console)
-    print(f"{len(run.images())} images in {run.folder / 'synthetic.safetensors'}")
+    return Run.create(options.out, choice, wanted, options.seed, teacher, only_images=only_images), teacher
+
+
+def _resume(options: argparse.Namespace) -> tuple[Run, Teacher]:
+    run = Run.open(options.resume)
+    options.out = run.folder
+    if run.finished:
+        raise UserError(f"{run.folder} is finished already; see it with: mirageq show {run.folder}")
+    return run, load_teacher(run.choice, _device(options))
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -126,8 +125,8 @@ def _summary(run: Run) -> None:
     grid.add_row("network", record["network"]["name"])
     grid.add_row("recipe", f"{record['recipe']['method']['name']} {run.recipe.scheme.bits} {run.recipe.scheme.placement}")
     if run.finished:
-        student = record["student"]
-        grid.add_row("size", f"{student['quantized_bytes'] / 1e6:.2f} MB, full precision {student['float_bytes'] / 1e6:.2f} MB")
+        if student := record.get("student"):
+            grid.add_row("size", f"{student['quantized_bytes'] / 1e6:.2f} MB, full precision {student['float_bytes'] / 1e6:.2f} MB")
         grid.add_row("time", ", ".join(f"{name} {value:.0f} s" for name, value in record["seconds"].items()))
         grid.add_row("memory", f"{record['peak_memory_bytes'] / 2**30:.2f} GiB at most")
     grid.add_row("status", record["status"])
@@ -143,6 +142,8 @@ def _recipe_table(options: argparse.Namespace) -> recipe.Table:
     if isinstance(stored := getattr(options, "images", None), Path):
         file = stored / IMAGES if stored.is_dir() else stored
         table["method"] = {"name": "mirageq.methods.stored:Stored", "path": str(file)}
+    if getattr(options, "count", None):
+        table["images"] = options.count
     if getattr(options, "bits", None):
         table = recipe.set_bits(table, options.bits)
     return recipe.assign(table, options.set)
@@ -195,18 +196,18 @@ def _parser() -> argparse.ArgumentParser:
     making.add_argument("--seed", type=int, default=0)
 
     model = "timm:NAME, torchvision:NAME, py:MODULE:CALLABLE, demo:efficientnet-lite0, or a .pt2 file"
+    making.add_argument("--out", type=Path, help="new folder of the run")
+    making.add_argument("--resume", type=Path, metavar="RUN", help="continue an interrupted run")
+
     command = commands.add_parser("quantize", parents=[network, making], help="synthesise, quantize, calibrate, tune")
     command.add_argument("model", nargs="?", help=model)
     command.add_argument("--bits", help="weights and activations, such as w4a4")
     command.add_argument("--images", type=Path, metavar="RUN", help="use the images of another run (or a safetensors file)")
-    command.add_argument("--out", type=Path, help="new folder of the run")
-    command.add_argument("--resume", type=Path, metavar="RUN", help="continue an interrupted run")
     command.set_defaults(command=_quantize)
 
     command = commands.add_parser("synthesize", parents=[network, making], help="only make images")
-    command.add_argument("model", help=model)
+    command.add_argument("model", nargs="?", help=model)
     command.add_argument("--count", type=int, help="how many images")
-    command.add_argument("--out", type=Path, required=True, help="new folder")
     command.set_defaults(command=_synthesize)
 
     command = commands.add_parser("evaluate", parents=[network], help="top-1 and top-5 on labelled images")

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mirageq.errors import UserError
@@ -89,9 +90,13 @@ class SyntheticSet:
         """SHA-256 of the images and labels."""
         return hash_tensors({"images": self.images, "labels": self.labels})
 
+    def save(self, path: Path) -> None:
+        """Write the set, as float16, to a safetensors file."""
+        save_file({"images": self.images.half().contiguous(), "labels": self.labels.contiguous()}, path)
+
     @staticmethod
     def load(path: Path, *, seed: int = 0) -> SyntheticSet:
-        """Open a file written by `SetFile` or any safetensors file with `images` and `labels`.
+        """Open a file written by a run, or any safetensors file with `images` and `labels`.
 
         Raises:
             UserError: missing, damaged, unfinished, or without these tensors.

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import mirageq
 from mirageq import models
 from mirageq.errors import UserError
-from mirageq.images import SyntheticSet, hash_tensors
+from mirageq.images import ImageSource, SyntheticSet, hash_tensors
 from mirageq.journal import Journal
 from mirageq.pipeline import Result, quantize
 from mirageq.quant import Scheme, Student, convert
@@ -62,7 +62,9 @@ class Run:
         self.folder, self.record = folder, record
 
     @staticmethod
-    def create(folder: Path, choice: NetworkChoice, recipe: Recipe, seed: int, teacher: Teacher) -> Run:
+    def create(
+        folder: Path, choice: NetworkChoice, recipe: Recipe, seed: int, teacher: Teacher, *, only_images: bool = False
+    ) -> Run:
         """Begin a run in a new or empty folder; nothing is written unless everything fits.
 
         Raises:
@@ -73,6 +75,7 @@ class Run:
         record = {
             "format": FORMAT,
             "status": "running",
+            "only_images": only_images,
             "versions": _versions(),
             "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "device": str(teacher.device)},
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -121,28 +124,24 @@ class Run:
     def seed(self) -> int:
         return self.record["seed"]
 
-    def execute(self, teacher: Teacher, console: Console | None = None, *, checkpoint_seconds: float = 30.0) -> Result:
+    def execute(
+        self, teacher: Teacher, console: Console | None = None, *, checkpoint_seconds: float = 30.0
+    ) -> Result | None:
         """Carry the run out, from wherever it was interrupted, and write its results.
+
+        Returns None if the run makes only images.
 
         Raises:
             UserError: the network is not the one the run began with.
         """
         if _network_hash(teacher) != self.record["network"]["sha256"]:
             raise UserError(f"The network has changed since {self.folder} was begun; start a new run for it.")
-        recipe = self.recipe
         journal = Journal(self.folder, console, checkpoint_seconds=checkpoint_seconds)
-        result = quantize(
-            teacher,
-            recipe.method,
-            scheme=recipe.scheme,
-            tuner=recipe.tuner,
-            images=recipe.images,
-            calibration_images=recipe.calibration_images,
-            seed=self.seed,
-            journal=journal,
-        )
-        self._finish(result)
-        return result
+        try:
+            return self._carry_out(teacher, journal)
+        except UserError:
+            self._discard_unless_begun()
+            raise
 
     def images(self) -> SyntheticSet:
         """The images of the run."""
@@ -154,6 +153,8 @@ class Run:
         Raises:
             UserError: the run is unfinished or its student file damaged or missing.
         """
+        if self.record["only_images"]:
+            raise UserError(f"{self.folder} holds only images, made by mirageq synthesize; there is no student in it.")
         if not self.finished:
             raise UserError(f"{self.folder} holds an unfinished run; finish it with: mirageq quantize --resume {self.folder}")
         student = convert(teacher.network, settings(Scheme, self.record["recipe"]["scheme"], "scheme"))
@@ -163,17 +164,44 @@ class Run:
             raise UserError(f"{self.folder / STUDENT} does not hold this run's student ({str(error).splitlines()[0]}).") from error
         return student.to(teacher.device)
 
-    def _finish(self, result: Result) -> None:
+    def _carry_out(self, teacher: Teacher, journal: Journal) -> Result | None:
+        recipe = self.recipe
+        if self.record["only_images"]:
+            started = time.perf_counter()
+            source = recipe.method.synthesize(teacher, recipe.images, seed=self.seed, journal=journal)
+            self._finish(source, {"synthesize": time.perf_counter() - started}, None)
+            return None
+        result = quantize(
+            teacher,
+            recipe.method,
+            scheme=recipe.scheme,
+            tuner=recipe.tuner,
+            images=recipe.images,
+            calibration_images=recipe.calibration_images,
+            seed=self.seed,
+            journal=journal,
+        )
+        self._finish(result.source, result.seconds, result.student)
+        return result
+
+    def _discard_unless_begun(self) -> None:
+        """A run that is refused before its first step leaves nothing behind."""
+        if [path.name for path in self.folder.iterdir()] == [RECORD]:
+            (self.folder / RECORD).unlink()
+            self.folder.rmdir()
+
+    def _finish(self, source: ImageSource, seconds: dict[str, float], student: Student | None) -> None:
         if not (self.folder / IMAGES).exists():
-            sample = result.source.sample(self.recipe.images)
-            save_file({"images": sample.images.half().contiguous(), "labels": sample.labels}, self.folder / IMAGES)
-        save_file({name: tensor.contiguous() for name, tensor in result.student.state_dict().items()}, self.folder / STUDENT)
+            SyntheticSet(*source.sample(self.recipe.images)).save(self.folder / IMAGES)
+        self.record["images"] = {"count": len(self.images()), "sha256": self.images().digest()}
+        if student is not None:
+            state = {name: tensor.contiguous() for name, tensor in student.state_dict().items()}
+            save_file(state, self.folder / STUDENT)
+            self.record["student"] = {"sha256": hash_tensors(state), **asdict(student.size())}
         checkpoints = self.folder / "checkpoints"
         if checkpoints.is_dir() and not any(checkpoints.iterdir()):
             checkpoints.rmdir()
-        self.record["images"] = {"count": len(self.images()), "sha256": self.images().digest()}
-        self.record["student"] = {"sha256": hash_tensors(result.student.state_dict()), **asdict(result.student.size())}
-        self.record["seconds"] = {name: round(value, 2) for name, value in result.seconds.items()}
+        self.record["seconds"] = {name: round(value, 2) for name, value in seconds.items()}
         self.record["peak_memory_bytes"] = _peak_memory()
         self.record["status"] = "finished"
         self._write()

@@ -1,13 +1,9 @@
-"""Randomness: named streams, and the only place that touches global random state."""
+"""Randomness: named streams. Nothing in this package touches global random state."""
 
 from __future__ import annotations
 
 import hashlib
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-import numpy as np
 import torch
 
 
@@ -19,18 +15,3 @@ def stream(seed: int, *path: str | int) -> torch.Generator:
     """
     digest = hashlib.sha256(repr((seed, *path)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed Python's, NumPy's and torch's global generators, and restore them on exit."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)

@@ -1,0 +1,232 @@
+"""The commands as a user types them, on a small real file, in process."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mirageq import cli
+from mirageq.run import Run
+from mirageq.testing import SHAPE, TinyResNet
+
+TINY = ["py:mirageq.testing:TinyResNet", "--image-shape", ",".join(map(str, SHAPE)), "--device", "cpu"]
+QUICK = [
+    *("--set", "images=16", "--set", "calibration_images=16", "--set", "method.iterations=4"),
+    *("--set", "method.batch_size=8", "--set", "tuner.steps=6", "--set", "tuner.batch_size=8"),
+]
+
+
+def quantize(out, *more):
+    return cli.main(["quantize", *TINY, *QUICK, "--method", "intraq", "--out", str(out), *more])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "run"
+    assert quantize(out, "--bits", "w3a5", "--seed", "4") == 0
+    return out
+
+
+def test_quantize_writes_a_whole_run(finished):
+    record = json.loads((finished / "run.json").read_text())
+    assert record["status"] == "finished"
+    assert record["seed"] == 4
+    assert record["recipe"]["scheme"]["weight_bits"] == 3
+    assert record["recipe"]["scheme"]["activation_bits"] == 5
+    assert record["recipe"]["method"]["iterations"] == 4
+    assert set(record["versions"]) == {"mirageq", "torch", "python"}
+    assert set(record["seconds"]) == {"synthesize", "calibrate", "tune"}
+    assert len(record["network"]["sha256"]) == len(record["images"]["sha256"]) == len(record["student"]["sha256"]) == 64
+    assert load_file(finished / "synthetic.safetensors")["images"].shape == (16, *SHAPE)
+    rows = [json.loads(line) for line in (finished / "history.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["stage"] == "tune"] == list(range(6))
+    assert sorted(path.name for path in finished.iterdir()) == [
+        "history.jsonl",
+        "run.json",
+        "student.safetensors",
+        "synthetic.safetensors",
+    ]
+
+
+def test_the_stored_student_answers_as_the_tuned_one_did(finished):
+    run = Run.open(finished)
+    from mirageq.run import load_teacher
+
+    teacher = load_teacher(run.choice)
+    student = run.student(teacher)
+    images = run.images().sample(8).images
+    assert torch.equal(student(images), run.student(teacher)(images))
+    assert not torch.equal(student(images), teacher(images))
+
+
+def test_show_draws_what_a_run_made(finished, capsys):
+    assert cli.main(["show", str(finished)]) == 0
+    for name in ("images.png", "curves.png"):
+        assert (finished / name).stat().st_size > 5000
+        assert name in capsys.readouterr().out or name == "curves.png"
+        (finished / name).unlink()
+
+
+def test_the_images_of_a_run_serve_another_bit_width(finished, tmp_path):
+    arguments = ["quantize", *TINY, "--images", str(finished), "--bits", "w8a8", "--out", str(tmp_path / "run")]
+    assert cli.main([*arguments, "--set", "images=16", "--set", "tuner.steps=0"]) == 0
+    ours, theirs = (load_file(folder / "synthetic.safetensors")["images"] for folder in (finished, tmp_path / "run"))
+    assert torch.equal(ours, theirs)
+
+
+def test_synthesize_makes_images_only(tmp_path, capsys):
+    out = tmp_path / "images"
+    arguments = ["synthesize", *TINY, "--method", "zeroq", "--count", "6", "--out", str(out)]
+    assert cli.main([*arguments, "--set", "method.iterations=3", "--set", "method.batch_size=4"]) == 0
+    assert "6 images" in capsys.readouterr().out
+    assert load_file(out / "synthetic.safetensors")["images"].shape == (6, *SHAPE)
+    assert not (out / "student.safetensors").exists()
+
+
+def test_methods_lists_them_and_shows_a_card(capsys):
+    assert cli.main(["methods"]) == 0
+    listed = capsys.readouterr().out
+    assert "intraq" in listed
+    assert "noise" in listed
+    assert cli.main(["methods", "intraq"]) == 0
+    card = capsys.readouterr().out
+    assert "Differences from the official code" in card
+    assert "margin_low: float = 0.05" in card
+
+
+def test_an_interrupted_run_continues_to_the_same_bits(tmp_path, monkeypatch):
+    from mirageq import journal
+
+    assert quantize(tmp_path / "whole") == 0
+    append, count = journal.Journal._append, [0]
+
+    def stumble(self, row):
+        append(self, row)
+        count[0] += 1
+        if count[0] in (5, 11):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(journal.Journal, "_append", stumble)
+    out = tmp_path / "broken"
+    assert quantize(out) == 130
+    assert json.loads((out / "run.json").read_text())["status"] == "running"
+    assert cli.main(["quantize", "--resume", str(out)]) == 130
+    assert cli.main(["quantize", "--resume", str(out)]) == 0
+    for name in ("student.safetensors", "synthetic.safetensors"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_an_interruption_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    from mirageq import journal
+
+    def stumble(self, row):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(journal.Journal, "_append", stumble)
+    assert quantize(tmp_path / "run") == 130
+    assert f"Continue with: mirageq quantize --resume {tmp_path / 'run'}" in capsys.readouterr().err
+
+
+class Nan(TinyResNet):
+    def __init__(self):
+        super().__init__()
+        self.linear.weight.data[0, 0] = float("nan")
+
+
+class Normless(TinyResNet):
+    def __init__(self):
+        super().__init__(norms=False)
+
+
+HERE = f"py:{__file__}"
+SHAPED = ["--image-shape", "3,16,16"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nonsense:net"], "nonsense:net"),
+        (["py:mirageq.testing:TinyResNte", *SHAPED], "TinyResNte"),
+        ([f"{HERE}:Nan", *SHAPED], "NaN or infinite"),
+        ([f"{HERE}:Normless", *SHAPED], "no BatchNorm layer"),
+        (["py:mirageq.testing:TinyResNet", "--image-shape", "1,16,16"], "does not accept images of shape"),
+        (["py:mirageq.testing:TinyResNet"], "image"),
+        ([*TINY, "--method", "itnraq"], "did you mean 'intraq'"),
+        ([*TINY, "--set", "method.iteratoins=3"], "did you mean 'iterations'"),
+        ([*TINY, "--set", "tuner.lr=fast"], "'lr' expects float; got 'fast'"),
+        ([*TINY, "--bits", "w9a4"], "9"),
+        ([*TINY, "--bits", "int4"], "int4"),
+        ([*TINY, "--recipe", "intraq-cifar"], "did you mean 'intraq-cifar10"),
+        ([*TINY, "--checkpoint", "nowhere.safetensors"], "nowhere.safetensors"),
+    ],
+)
+def test_bad_input_gets_a_sentence_exit_code_2_and_leaves_nothing(arguments, message, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert cli.main(["quantize", *arguments, "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("mirageq: ")
+    assert message in error
+    assert "Traceback" not in error
+    assert not out.exists() or not any(out.iterdir())
+
+
+def test_a_checkpoint_that_does_not_fit_names_the_first_wrong_keys(tmp_path, capsys):
+    state = TinyResNet().state_dict()
+    state["conv9.weight"] = state.pop("conv1.weight")
+    save_file(state, tmp_path / "weights.safetensors")
+    arguments = ["--checkpoint", str(tmp_path / "weights.safetensors"), "--out", str(tmp_path / "run")]
+    assert cli.main(["quantize", *TINY, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert "conv1.weight" in error
+    assert "conv9.weight" in error
+
+
+def test_a_folder_with_another_run_is_not_touched(finished, capsys):
+    before = {path.name: path.read_bytes() for path in finished.iterdir()}
+    assert quantize(finished) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
+
+
+def test_a_folder_with_other_files_is_not_touched(tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("precious")
+    assert quantize(tmp_path) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_an_output_that_cannot_be_written_is_told_before_any_work(tmp_path, capsys):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert quantize(blocked) == 2
+    assert "is a file; give a folder" in capsys.readouterr().err
+    if os.geteuid() == 0:
+        assert quantize("/proc/mirageq") == 2
+    else:
+        tmp_path.chmod(stat.S_IREAD | stat.S_IEXEC)
+        assert quantize(tmp_path / "run") == 2
+        tmp_path.chmod(stat.S_IRWXU)
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_resuming_says_what_is_wrong(finished, tmp_path, capsys):
+    assert cli.main(["quantize", "--resume", str(tmp_path)]) == 2
+    assert "is not a run directory" in capsys.readouterr().err
+    assert cli.main(["quantize", "--resume", str(finished)]) == 2
+    assert "is finished already" in capsys.readouterr().err
+    (tmp_path / "run.json").write_text('{"format": 99}')
+    assert cli.main(["show", str(tmp_path)]) == 2
+    assert "format 99" in capsys.readouterr().err
+    (tmp_path / "run.json").write_text('{"form')
+    assert cli.main(["show", str(tmp_path)]) == 2
+    assert "is damaged" in capsys.readouterr().err
+
+
+def test_a_missing_model_or_output_is_told(capsys):
+    assert cli.main(["quantize", "--bits", "w4a4"]) == 2
+    assert "needs a MODEL and --out FOLDER" in capsys.readouterr().err

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+
+from mirageq.journal import Journal, read_history
+
+
+def test_history_is_written_row_by_row_and_read_back(tmp_path):
+    journal = Journal(tmp_path)
+    with journal.stage("tune", 2) as advance:
+        advance(0, loss=2.0)
+        assert read_history(tmp_path / "history.jsonl") == [{"stage": "tune", "step": 0, "loss": 2.0}]
+        advance(1, loss=1.0)
+    assert Journal(tmp_path).history == journal.history
+
+
+def test_rows_past_the_resumed_step_are_dropped(tmp_path):
+    journal = Journal(tmp_path)
+    with journal.stage("tune", 5) as advance:
+        for step in range(4):
+            advance(step, loss=float(step))
+    journal = Journal(tmp_path)
+    with journal.stage("tune", 5, start=2) as advance:
+        advance(2, loss=20.0)
+    assert [(row["step"], row["loss"]) for row in read_history(tmp_path / "history.jsonl")] == [(0, 0), (1, 1), (2, 20)]
+
+
+def test_a_line_cut_short_is_left_out(tmp_path):
+    file = tmp_path / "history.jsonl"
+    file.write_text('{"stage": "tune", "step": 0, "loss": 1.0}\n{"stage": "tu')
+    assert len(read_history(file)) == 1
+
+
+def test_checkpoints_wait_for_their_time_and_vanish_when_cleared(tmp_path):
+    patient, eager = Journal(tmp_path).checkpoint("a"), Journal(tmp_path, checkpoint_seconds=0).checkpoint("b")
+    patient.offer(lambda: {"step": 1})
+    eager.offer(lambda: {"step": 1})
+    assert patient.load() is None
+    assert eager.load() == {"step": 1}
+    eager.clear()
+    assert eager.load() is None
+    Journal(checkpoint_seconds=0).checkpoint("c").offer(lambda: {"step": 1})
+
+
+def test_the_console_shows_the_stage_its_terms_and_the_time_left():
+    screen = io.StringIO()
+    journal = Journal(console=Console(file=screen, force_terminal=True, width=120))
+    with journal.stage("tune", 3) as advance:
+        for step in range(3):
+            advance(step, kd=0.5)
+    journal.say("a note with [brackets]")
+    text = screen.getvalue()
+    assert "tune" in text
+    assert "3/3" in text
+    assert "kd 0.5" in text
+    assert "left" in text
+    assert "a note with [brackets]" in text

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import pytest
+
+from mirageq import recipe
+from mirageq.errors import UserError
+from mirageq.methods.intraq import IntraQ
+from mirageq.tuning import Distill
+
+
+@pytest.mark.parametrize("name", recipe.shipped())
+def test_every_shipped_recipe_builds_and_survives_a_round_trip(name):
+    built = recipe.build(recipe.read(name))
+    assert recipe.build(recipe.describe(built)) == built
+
+
+def test_the_paper_recipes_carry_the_papers_values():
+    settings = {name: recipe.build(recipe.read(f"intraq-{name}")) for name in ("cifar10", "cifar100", "imagenet")}
+    margins = {
+        name: (built.method.target_low, built.method.margin_low, built.method.margin_high)
+        for name, built in settings.items()
+    }
+    assert margins == {"cifar10": (0.95, 0.05, 0.8), "cifar100": (0.6, 0.02, 1.0), "imagenet": (0.9, 0.3, 0.8)}
+    for built in settings.values():
+        assert built.images == 5120
+        assert (built.method.batch_size, built.method.iterations, built.method.lr) == (256, 1000, 0.5)
+        assert built.tuner.steps == 29400
+        assert built.scheme.bits == "w4a4"
+        assert built.scheme.placement == "paper"
+
+
+def test_texts_are_converted_to_the_types_of_the_settings():
+    table = recipe.assign({}, ["images=32", "method.lr=0.25", "tuner.milestones=[0.1, 0.2]", "scheme.first_last_bits=8"])
+    built = recipe.build(table)
+    assert built.images == 32
+    assert built.method == IntraQ(lr=0.25)
+    assert built.tuner == Distill(milestones=(0.1, 0.2))
+    assert built.scheme.first_last_bits == 8
+
+
+def test_a_method_from_outside_is_found_by_its_path():
+    built = recipe.build({"method": {"name": "mirageq.methods.stored:Stored", "path": "x"}})
+    assert type(built.method).__name__ == "Stored"
+    assert recipe.describe(built)["method"] == {"name": "mirageq.methods.stored:Stored", "path": "x"}
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"method": {"name": "itnraq"}}, "no method 'itnraq'; did you mean 'intraq'"),
+        ({"method": {"name": "nowhere:Method"}}, "cannot be imported"),
+        ({"method": {"name": "mirageq.teacher:Teacher"}}, "is not a method"),
+        ({"method": {"iteratoins": 3}}, "method has no setting 'iteratoins'; did you mean 'iterations'"),
+        ({"method": {"iterations": "many"}}, "method: 'iterations' expects int; got 'many'"),
+        ({"method": {"iterations": 0}}, "iterations must be positive; got 0"),
+        ({"method": {"margin_low": 0.9}}, "margin_low <= margin_high"),
+        ({"method": {"target_low": 1.5}}, r"target_low is a probability in \[0, 1\]; got 1.5"),
+        ({"method": {"crop_scale": 0.0}}, "crop_scale is a fraction"),
+        ({"tuner": {"name": "distil"}}, "no tuner 'distil'; did you mean 'distill'"),
+        ({"tuner": {"schedule": "linear"}}, "'schedule' expects"),
+        ({"tuner": {"lr": -1.0}}, "lr > 0"),
+        ({"scheme": {"weight_bits": 9}}, "9"),
+        ({"image": 3}, "the recipe has no setting 'image'; did you mean 'images'"),
+        ({"images": 0}, "images must be positive; got 0"),
+        ({"tuner": 3}, "'tuner' is a section"),
+    ],
+)
+def test_what_does_not_fit_is_told_in_a_sentence(table, message):
+    with pytest.raises(UserError, match=message):
+        recipe.build(table)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [("images", "given as key=value; got 'images'"), ("tunner.lr=1", "no section 'tunner'.*did you mean 'tuner'")],
+)
+def test_malformed_assignments_are_told(assignment, message):
+    with pytest.raises(UserError, match=message):
+        recipe.assign({}, [assignment])
+
+
+def test_a_recipe_that_is_missing_or_damaged_is_told(tmp_path):
+    with pytest.raises(UserError, match="no recipe 'intraq-cifar'.*did you mean 'intraq-cifar10"):
+        recipe.read("intraq-cifar")
+    (tmp_path / "bad.toml").write_text("images = = 3")
+    with pytest.raises(UserError, match=r"bad.toml is not a TOML file"):
+        recipe.read(str(tmp_path / "bad.toml"))

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+from itertools import islice
+
+import pytest
+import torch
+
+from mirageq import Distill, IntraQ, Journal, Noise, Scheme, Teacher, TuningDiverged, UserError
+from mirageq.pipeline import calibrate
+from mirageq.quant import convert
+from mirageq.testing import SHAPE, TinyResNet
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return Teacher.wrap(TinyResNet(), SHAPE)
+
+
+@pytest.fixture(scope="module")
+def source(teacher):
+    return Noise().synthesize(teacher, 64)
+
+
+def student_of(teacher, source, bits=3):
+    student = convert(teacher.network, Scheme(weight_bits=bits, activation_bits=bits))
+    calibrate(student, source, 64)
+    return student
+
+
+def tuned(teacher, source, journal=None, **settings):
+    source.load_state_dict({"drawn": 0})
+    student = student_of(teacher, source)
+    journal = journal or Journal()
+    Distill(**{"steps": 60, "batch_size": 16, "lr": 1e-3, "kd_weight": 1.0, **settings}).tune(
+        teacher, student, source, journal=journal
+    )
+    return student, journal
+
+
+@pytest.mark.parametrize("settings", [{}, {"optimizer": "adam"}, {"feature_weight": 1.0}, {"ce_weight": 0.0}])
+def test_the_loss_falls_and_the_answers_come_closer(teacher, source, settings):
+    student, journal = tuned(teacher, source, **settings)
+    kd = [row["kd"] for row in journal.history]
+    assert sum(kd[-10:]) < 0.7 * sum(kd[:10])
+    images = source.sample(64).images
+    with torch.no_grad():
+        before = (student_of(teacher, source)(images) - teacher(images)).square().mean()
+        after = (student(images) - teacher(images)).square().mean()
+    assert after < before
+
+
+def test_zero_steps_change_nothing(teacher, source):
+    student, journal = tuned(teacher, source, steps=0)
+    assert journal.history == []
+    for name, tensor in student_of(teacher, source).state_dict().items():
+        assert torch.equal(student.state_dict()[name], tensor)
+
+
+def test_running_statistics_stay_and_scales_learn(teacher, source):
+    student, _ = tuned(teacher, source)
+    before, after = student_of(teacher, source).state_dict(), student.state_dict()
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert not [name for name in changed if "running" in name]
+    assert any("bn1.weight" in name for name in changed)
+    assert any("conv1.weight" in name for name in changed)
+
+
+def test_an_interrupted_run_ends_with_the_same_bits(teacher, source, tmp_path):
+    whole, _ = tuned(teacher, source)
+
+    class Interrupted(Journal):
+        def _append(self, row):
+            super()._append(row)
+            if row["step"] == 37 and not self.resumed:
+                raise KeyboardInterrupt
+
+    journal = Interrupted(tmp_path, checkpoint_seconds=0)
+    journal.resumed = False
+    with pytest.raises(KeyboardInterrupt):
+        tuned(teacher, source, journal)
+    journal.resumed = True
+    resumed, _ = tuned(teacher, source, journal)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
+    assert [row["step"] for row in journal.history] == list(range(60))
+
+
+def test_schedules():
+    cosine, warm = Distill(steps=100, lr=1.0), Distill(steps=100, lr=1.0, warmup=0.1)
+    assert cosine.rate(0) == 1.0
+    assert cosine.rate(50) == pytest.approx(0.5)
+    assert cosine.rate(99) < 0.001
+    assert warm.rate(0) == pytest.approx(0.1)
+    step = Distill(steps=100, lr=1.0, schedule="step", milestones=(0.2, 0.6))
+    assert [step.rate(s) for s in (0, 19, 20, 59, 60)] == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+    assert Distill(steps=100, lr=1.0, schedule="constant").rate(99) == 1.0
+
+
+def test_a_diverging_run_is_taken_back_and_saved_by_a_lower_rate(teacher, source):
+    student, journal = tuned(teacher, source, steps=150, lr=30.0, weight_decay=0.0, schedule="constant")
+    notes = [row["text"] for row in journal.history if row["stage"] == "note"]
+    assert notes
+    assert "back to the last good state, learning rate now" in notes[0]
+    assert all(tensor.isfinite().all() for tensor in student.state_dict().values())
+    assert [row["step"] for row in journal.history if row["stage"] == "tune"][-1] == 149
+
+
+def test_a_hopeless_run_is_given_up(teacher, source):
+    with pytest.raises(TuningDiverged, match="lowered 3 times"):
+        tuned(teacher, source, steps=400, lr=1e12, weight_decay=0.0, schedule="constant")
+
+
+def test_a_clipped_gradient_moves_less(teacher, source):
+    def travelled(**settings):
+        start, student = student_of(teacher, source).state_dict(), tuned(teacher, source, steps=1, **settings)[0]
+        return sum(float((tensor - start[name]).norm()) for name, tensor in student.state_dict().items())
+
+    assert travelled(clip_norm=1e-4) < 0.1 * travelled()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": -1}, "steps >= 0"),
+        ({"lr": 0.0}, "lr > 0"),
+        ({"optimizer": "lamb"}, "optimizer must be one of sgd, adam; got 'lamb'"),
+        ({"schedule": "linear"}, "schedule must be one of"),
+        ({"crop_scale": 2.0}, "crop_scale is a fraction"),
+    ],
+)
+def test_settings_that_make_no_sense_are_told(settings, message):
+    with pytest.raises(UserError, match=message):
+        Distill(**settings)
+
+
+def test_too_few_images_for_a_batch_are_told(teacher, source):
+    with pytest.raises(UserError, match="batch size 65 is larger than the set of 64"):
+        tuned(teacher, source, batch_size=65)
+
+
+def test_a_painted_source_serves_the_tuner(teacher):
+    source = IntraQ(iterations=3, batch_size=16).synthesize(teacher, 32)
+    assert len(list(islice(source.batches(16), 3))) == 3
+    student, journal = tuned(teacher, source, steps=5)
+    assert len(journal.history) == 5
