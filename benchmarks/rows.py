@@ -93,7 +93,7 @@ def compute(plan: recipe.Table, cell: recipe.Table, work: Path) -> recipe.Table:
         "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip(),
         "seconds": {**record["seconds"], "synthesize": synthesis, "wall": time.perf_counter() - started},
         "peak_memory_bytes": record["peak_memory_bytes"],
-        "size": record["student"]["quantized_bytes"],
+        "size": record["student"]["total_bytes"],
     }
 
 

@@ -126,7 +126,7 @@ def _summary(run: Run) -> None:
     grid.add_row("recipe", f"{record['recipe']['method']['name']} {run.recipe.scheme.bits} {run.recipe.scheme.placement}")
     if run.finished:
         if student := record.get("student"):
-            grid.add_row("size", f"{student['quantized_bytes'] / 1e6:.2f} MB, full precision {student['float_bytes'] / 1e6:.2f} MB")
+            grid.add_row("size", f"{student['total_bytes'] / 1e6:.2f} MB, full precision {student['fp32_bytes'] / 1e6:.2f} MB")
         grid.add_row("time", ", ".join(f"{name} {value:.0f} s" for name, value in record["seconds"].items()))
         grid.add_row("memory", f"{record['peak_memory_bytes'] / 2**30:.2f} GiB at most")
     grid.add_row("status", record["status"])

@@ -22,7 +22,10 @@ from mirageq.errors import UserError
 aten = torch.ops.aten
 
 BATCH_NORM = aten.batch_norm.default
-CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+CONVOLUTIONS = (
+    *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
+    *(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding),  # padding="same"
+)
 LINEAR = aten.linear.default
 WEIGHTED = (*CONVOLUTIONS, LINEAR)
 """Operations that multiply by a weight: `args[1]` is the weight, `args[2]` (if any) the bias."""
@@ -64,11 +67,14 @@ def capture(model: nn.Module | ExportedProgram, image_shape: tuple[int, int, int
                 "The program was exported in training mode, where batch statistics replace the running ones. "
                 "Call model.eval() and export it again."
             )
+        elif node.target is aten.view.default:
+            node.target = aten.reshape.default  # a view fails on images in another memory format
         elif node.target is aten.clone.default or node.target is aten.dropout.default:
             node.replace_all_uses_with(node.args[0])
     graph.eliminate_dead_code()
-    for name in [name for name, _ in module.named_children() if name.startswith("_guards")]:
-        delattr(module, name)
+    for name in ("_guards_fn", "_in_spec", "_out_spec"):
+        if hasattr(module, name):
+            delattr(module, name)
     module.recompile()
     return module
 

@@ -1,0 +1,191 @@
+"""Labelled images for measuring accuracy. Synthesis, calibration and tuning never see them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mirageq.errors import UserError
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+
+
+class _Files(Protocol):
+    """What a format offers: how many images, and the pixels (H, W, C) uint8 and label of one."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]: ...
+
+
+class LabelledImages:
+    """Images with labels, fitted to a network's input size. Make one with `open_images`.
+
+    Each image is first scaled so that its short side is `resize` pixels (if given), then cropped around its centre.
+    """
+
+    def __init__(self, files: _Files, image_shape: tuple[int, int, int], resize: int | None, limit: int | None) -> None:
+        self._files, self._shape, self._resize = files, image_shape, resize
+        self.count = min(len(files), limit or len(files))
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pixels (B, C, H, W) uint8 RGB and labels (B,) int64, in the order of the files.
+
+        Raises:
+            UserError: an image is smaller than the network's input, or has another number of channels.
+        """
+        for start in range(0, self.count, batch_size):
+            picked = [self._files[index] for index in range(start, min(start + batch_size, self.count))]
+            pixels = np.stack([self._fit(image) for image, _ in picked])
+            yield torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.tensor([label for _, label in picked])
+
+    def _fit(self, image: np.ndarray) -> np.ndarray:
+        channels, height, width = self._shape
+        if self._resize:
+            image = _scale(image, self._resize)
+        top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
+        if top < 0 or left < 0:
+            raise UserError(
+                f"An image of {image.shape[1]}x{image.shape[0]} pixels is smaller than the network's {width}x{height}. "
+                "Scale them up with --resize."
+            )
+        if image.shape[2] != channels:
+            raise UserError(f"The images have {image.shape[2]} channels, and the network takes {channels}.")
+        return image[top : top + height, left : left + width]
+
+
+def open_images(
+    path: Path | str, image_shape: tuple[int, int, int], *, resize: int | None = None, limit: int | None = None
+) -> LabelledImages:
+    """Open labelled images.
+
+    Args:
+        path: a folder with one sub-folder a class (labels in the order of their names), a `.npz` with `images`
+            (N, H, W, C) uint8 and `labels`, a binary CIFAR file (`test_batch.bin`, or CIFAR-100's `test.bin`), or a
+            parquet file with columns `jpeg` and `label`.
+        image_shape: (C, H, W) that the network takes.
+        resize: pixels of the short side before the centre crop; None crops the image as it is.
+        limit: only the first so many.
+
+    Raises:
+        UserError: nothing there, or not one of these formats.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"There is no file or folder {path} to evaluate on.")
+    if resize is not None and resize < max(image_shape[1:]):
+        raise UserError(f"--resize must be at least the network's input, {max(image_shape[1:])}; got {resize}.")
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit must be positive; got {limit}.")
+    files = _open(path)
+    if len(files) == 0:
+        raise UserError(f"{path} holds no images.")
+    return LabelledImages(files, tuple(image_shape), resize, limit)
+
+
+def _open(path: Path) -> _Files:
+    if path.is_dir():
+        return _Folder(path)
+    readers = {".npz": _npz, ".bin": _cifar_binary, ".parquet": _Parquet}
+    if path.suffix not in readers:
+        raise UserError(f"{path} is none of: image folder, {', '.join(readers)}.")
+    try:
+        return readers[path.suffix](path)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} cannot be read as labelled images: {str(error).splitlines()[0]}.") from error
+
+
+class _Arrays:
+    def __init__(self, images: np.ndarray, labels: Sequence[int] | np.ndarray) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        return self.images[index], int(self.labels[index])
+
+
+def _npz(path: Path) -> _Arrays:
+    with np.load(path) as file:
+        images, labels = file["images"], file["labels"]
+    if images.dtype != np.uint8 or images.ndim != 4 or labels.shape != images.shape[:1]:
+        raise ValueError(f"expected images (N, H, W, C) uint8 and labels (N,), got {images.dtype} {images.shape} and {labels.shape}")
+    return _Arrays(images, labels)
+
+
+def _cifar_binary(path: Path) -> _Arrays:
+    """Records of 1 (CIFAR-10) or 2 (CIFAR-100: coarse, fine) label bytes and 3x32x32 pixels."""
+    content = np.fromfile(path, np.uint8)
+    for label_bytes in (1, 2):
+        record = label_bytes + 3072
+        if len(content) and len(content) % record == 0:
+            records = content.reshape(-1, record)
+            images = records[:, label_bytes:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+            return _Arrays(images, records[:, label_bytes - 1])
+    raise ValueError(f"{len(content)} bytes are no whole number of CIFAR records (3,073 or 3,074 bytes each)")
+
+
+class _Folder:
+    def __init__(self, path: Path) -> None:
+        classes = sorted(folder for folder in path.iterdir() if folder.is_dir())
+        if not classes:
+            raise UserError(f"{path} has no sub-folders; an image folder has one a class, in the order of the labels.")
+        self.files = [
+            (file, label)
+            for label, folder in enumerate(classes)
+            for file in sorted(folder.iterdir())
+            if file.suffix.lower() in SUFFIXES
+        ]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        file, label = self.files[index]
+        return _decode(file.read_bytes(), str(file)), label
+
+
+class _Parquet:
+    def __init__(self, path: Path) -> None:
+        try:
+            import pyarrow.parquet
+        except ImportError as error:
+            raise UserError("Reading parquet needs pyarrow: pip install 'mirageq[data]'.") from error
+        table = pyarrow.parquet.read_table(path, columns=["jpeg", "label"])
+        self.jpegs, self.labels = table["jpeg"], table["label"].to_pylist()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        return _decode(self.jpegs[index].as_py(), f"image {index}"), self.labels[index]
+
+
+def _decode(content: bytes, name: str) -> np.ndarray:
+    image = _pillow().open(io.BytesIO(content))
+    try:
+        return np.asarray(image.convert("RGB"))
+    except OSError as error:
+        raise UserError(f"{name} is not a whole image: {error}.") from error
+
+
+def _scale(image: np.ndarray, short_side: int) -> np.ndarray:
+    height, width = image.shape[:2]
+    factor = short_side / min(height, width)
+    pillow = _pillow()
+    size = (round(width * factor), round(height * factor))
+    return np.asarray(pillow.fromarray(image).resize(size, pillow.Resampling.BICUBIC))
+
+
+def _pillow():
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise UserError("Reading images needs Pillow: pip install 'mirageq[data]'.") from error
+    return Image

@@ -1,0 +1,75 @@
+"""Measuring: accuracy on labelled images, agreement between networks. Nothing here chooses anything."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mirageq.data import LabelledImages
+from mirageq.errors import UserError
+
+Classifier = Callable[[Tensor], Tensor]
+"""Normalised images (N, C, H, W) -> logits (N, classes)."""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Top-1 and top-5 in percent over `count` images; `standard_error` of top-1, binomial, in percentage points."""
+
+    top1: float
+    top5: float | None
+    count: int
+
+    @property
+    def standard_error(self) -> float:
+        share = self.top1 / 100
+        return 100 * math.sqrt(share * (1 - share) / self.count)
+
+    def __str__(self) -> str:
+        top5 = f"{self.top5:.2f} % top-5, " if self.top5 is not None else ""
+        return f"{self.top1:.2f} % top-1 ± {self.standard_error:.2f} ({top5}{self.count:,} images)"
+
+
+@torch.no_grad()
+def accuracy(
+    model: Classifier,
+    data: LabelledImages,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+    *,
+    batch_size: int = 128,
+    device: str = "cpu",
+) -> Accuracy:
+    """The accuracy of `model` on labelled images, each normalised as (pixels / 255 - mean) / std.
+
+    Raises:
+        UserError: the normalisation is unknown, or labels do not fit the network's classes.
+    """
+    if mean is None or std is None:
+        raise UserError("The network's normalisation is unknown; give --mean and --std (of pixels in [0, 1]).")
+    centre, width = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (mean, std))
+    first = fifth = count = 0
+    classes = 0
+    for pixels, labels in data.batches(batch_size):
+        logits = model((pixels.to(device) / 255 - centre) / width)
+        labels, classes = labels.to(device), logits.shape[1]
+        if int(labels.max()) >= classes:
+            raise UserError(
+                f"The images have the label {int(labels.max())}, and the network tells only {classes} classes (from 0). "
+                "Give images of the data set it was trained for."
+            )
+        best = logits.topk(min(5, classes), dim=1).indices
+        hits = best == labels[:, None]
+        first, fifth, count = first + int(hits[:, 0].sum()), fifth + int(hits.sum()), count + len(labels)
+    return Accuracy(100 * first / count, 100 * fifth / count if classes > 5 else None, count)
+
+
+@torch.no_grad()
+def agreement(first: Classifier, second: Classifier, images: Tensor, *, batch_size: int = 64) -> float:
+    """Percent of normalised images (N, C, H, W) that two networks put in the same class."""
+    same = [first(chunk).argmax(1) == second(chunk).argmax(1) for chunk in images.split(batch_size)]
+    return 100 * torch.cat(same).float().mean().item()

@@ -1,0 +1,146 @@
+"""From a captured network to its student: quantizers written into the graph."""
+
+# fx types an argument of a node as a union of everything:
+# mypy: disable-error-code="union-attr, arg-type, operator, return-value"
+
+from __future__ import annotations
+
+import copy
+import operator
+
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from mirageq.graph import LINEAR, feature_node, layer_name, share, stored, weighted
+from mirageq.quant.fold import fold_batch_norms
+from mirageq.quant.operations import free_name, stored_bias
+from mirageq.quant.placement import Plan, feeding, plan
+from mirageq.quant.quantizers import ActivationQuantizer, BiasQuantizer, WeightQuantizer
+from mirageq.quant.scheme import Scheme
+from mirageq.quant.student import Student, stored_bytes
+
+IMAGE_BITS = 8
+"""Of the image in the placement "deploy", whatever the other activations have."""
+
+
+def convert(network: GraphModule, scheme: Scheme) -> Student:
+    """A student: the same function with quantizers, on copies of all tensors. It must be calibrated before use.
+
+    Args:
+        network: what `mirageq.graph.capture` gives; not modified.
+        scheme: what to quantize and how.
+
+    Returns:
+        The student. Weights, biases and BatchNorm's scale and shift require gradients; running statistics are buffers.
+
+    Raises:
+        UserError: there is no convolution or linear layer, or a norm that cannot be folded.
+
+    Example:
+        >>> student = convert(capture(model, (3, 32, 32)), Scheme(weight_bits=4, activation_bits=4))
+        >>> student.calibrate(images.split(64))
+        >>> logits = student(images)
+    """
+    feature_node(network.graph)
+    float_bytes = stored_bytes(network)
+    module = fold_batch_norms(network) if scheme.placement == "deploy" else copy.deepcopy(network)
+    for parameter in module.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    graph = module.graph
+    layers = weighted(graph)
+    last = ([layer for layer in layers if layer.target is LINEAR] or layers)[-1]
+    planned = plan(graph, scheme.placement)
+    reads = {layer: (layer.args[0], stored_bias(layer)) for layer in layers}  # before quantizers come between
+
+    paths = _quantize_activations(module, planned, scheme, feeding(last.args[0], planned))
+    scales = _quantize_weights(module, layers, scheme, {layers[0].args[1].target, last.args[1].target})
+    if scheme.placement == "deploy":
+        _round_biases(module, reads, planned, paths, scales)
+
+    (output,) = graph.find_nodes(op="output")
+    output.args = ((output.args[0], last.args[0]),)
+    graph.eliminate_dead_code()
+    graph.lint()
+    return Student(share(module, graph), scheme, planned.left_in_float, float_bytes)
+
+
+def _quantize_activations(
+    module: GraphModule, planned: Plan, scheme: Scheme, last_input: Node | None
+) -> dict[Node, str]:
+    """Put a quantizer after each planned node; returns node -> the quantizer's path."""
+    paths = {}
+    for name, node in planned.quantized.items():
+        bits = scheme.activation_bits
+        if node.op == "placeholder":
+            bits = IMAGE_BITS
+        elif node is last_input and scheme.first_last_bits is not None:
+            bits = scheme.first_last_bits
+        quantizer = ActivationQuantizer(name, bits, scheme.symmetric_activations, scheme.clip_gradient)
+        paths[node] = _add(module, "activation_quantizers", name, quantizer)
+        with module.graph.inserting_after(node):
+            on_grid = module.graph.call_module(paths[node], (node,))
+        on_grid.meta = dict(node.meta)
+        for reader in set(node.users) - {on_grid}:
+            reader.replace_input_with(node, on_grid)
+    return paths
+
+
+def _quantize_weights(
+    module: GraphModule, layers: list[Node], scheme: Scheme, first_and_last: set[str]
+) -> dict[Node, Node]:
+    """Put a quantizer before each layer's weight, one for a weight that several layers share.
+
+    Returns layer -> the node of its weight's scale (O, 1, ...).
+    """
+    graph, paths, scales = module.graph, {}, {}
+    named: set[str] = set()
+    for layer in layers:
+        weight = layer.args[1]
+        if weight.target not in paths:
+            name = free_name(layer_name(layer) or weight.target, named)
+            named.add(name)
+            special = scheme.first_last_bits is not None and weight.target in first_and_last
+            quantizer = WeightQuantizer(
+                name,
+                stored(module, weight),
+                scheme.first_last_bits if special else scheme.weight_bits,
+                scheme.symmetric_weights,
+                scheme.weight_range,
+                scheme.percentile,
+                scheme.clip_gradient,
+            )
+            paths[weight.target] = _add(module, "weight_quantizers", name, quantizer)
+        with graph.inserting_before(layer):
+            both = graph.call_module(paths[weight.target], (weight,))
+            layer.update_arg(1, graph.call_function(operator.getitem, (both, 0)))
+            scales[layer] = graph.call_function(operator.getitem, (both, 1))
+    return scales
+
+
+def _round_biases(
+    module: GraphModule,
+    reads: dict[Node, tuple[Node, Node | None]],
+    planned: Plan,
+    paths: dict[Node, str],
+    scales: dict[Node, Node],
+) -> None:
+    """Round each bias to steps of (scale of the layer's input) * (scales of its weight)."""
+    graph = module.graph
+    named: set[str] = set()
+    for layer, (x, bias) in reads.items():
+        if bias is None or x not in planned.grids:
+            continue
+        name = free_name(bias.target, named)
+        named.add(name)
+        path = _add(module, "bias_quantizers", name, BiasQuantizer(name))
+        with graph.inserting_before(layer):
+            input_scale = graph.get_attr(f"{paths[planned.grids[x]]}.scale")
+            rounded = graph.call_module(path, (bias, input_scale, scales[layer]))
+        layer.replace_input_with(bias, rounded)
+
+
+def _add(module: GraphModule, room: str, name: str, quantizer: nn.Module) -> str:
+    """Store the quantizer under a name without dots, and return its path."""
+    path = free_name(f"{room}.{name.replace('.', '_')}", {name for name, _ in module.named_modules()})
+    module.add_submodule(path, quantizer)
+    return path

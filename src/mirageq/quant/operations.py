@@ -1,0 +1,113 @@
+"""What the captured operations do, as far as placing quantizers needs to know."""
+
+# fx types an argument of a node as a union of everything:
+# mypy: disable-error-code="union-attr, arg-type, operator, return-value"
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Container
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from mirageq.graph import WEIGHTED, is_stored
+
+CLAMPS = {"relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max"}
+"""Activation functions that only cut off: an integer runtime does them while it rounds the operation before."""
+
+CURVES = {
+    *("silu", "hardswish", "gelu", "leaky_relu", "elu", "celu", "selu", "sigmoid", "hardsigmoid", "tanh", "mish"),
+    *("prelu", "rrelu_with_noise", "softplus", "log_sigmoid", "softsign", "hardshrink", "softshrink", "glu"),
+}
+"""The other activation functions."""
+
+AVERAGES = {"mean", "avg_pool1d", "avg_pool2d", "avg_pool3d"} | {f"adaptive_avg_pool{d}d" for d in (1, 2, 3)}
+
+INTEGER = {
+    *CLAMPS,
+    *CURVES,
+    *AVERAGES,
+    *("conv1d", "conv2d", "conv3d", "linear", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+    *("add", "sub", "rsub", "mul", "div", "neg", "cat", "stack", "upsample_bilinear2d"),
+}
+"""Operations with new values that integer runtimes have kernels for; the others run in float between quantizers."""
+
+KEEPERS = {
+    *("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "permute", "transpose", "t", "movedim"),
+    *("contiguous", "alias", "clone", "detach", "lift_fresh_copy", "expand", "repeat", "tile", "repeat_interleave"),
+    *("slice", "select", "narrow", "split", "split_with_sizes", "chunk", "unbind", "getitem", "index", "index_select"),
+    *("roll", "flip", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "im2col", "amax", "upsample_nearest2d"),
+    *("max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "adaptive_max_pool2d"),
+    *(f"{kind}_pad{dimensions}d" for kind in ("reflection", "replication") for dimensions in (1, 2, 3)),
+}
+
+FINISHERS = {"softmax", "_softmax", "log_softmax", "_log_softmax", "sigmoid"}
+"""Operations that may come between the logits and the end of the network."""
+
+
+def kind(node: Node) -> str:
+    """The plain name of a node's operation: "conv2d", "add", "relu", "image"."""
+    if node.op == "placeholder":
+        return "image"
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.name.rpartition("::")[2]
+    return "getitem" if node.target is operator.getitem else str(node.target)
+
+
+def free_name(name: str, taken: Container[str]) -> str:
+    """`name`, or `name_2` and so on if it is taken."""
+    candidate, copies = name, 1
+    while candidate in taken:
+        copies += 1
+        candidate = f"{name}_{copies}"
+    return candidate
+
+
+def keeps_grid(node: Node) -> bool:
+    """Whether every value that comes out of the node went into it, zeros aside (which every grid holds)."""
+    name = kind(node)
+    if name == "pad":
+        return _argument(node, 2, "mode", "constant") != "constant" or not _argument(node, 3, "value", 0)
+    if name == "constant_pad_nd":
+        return not _argument(node, 2, "value", 0)
+    return name in KEEPERS or (name == "cat" and len(node.all_input_nodes) == 1)
+
+
+def limits(node: Node) -> tuple[float, float]:
+    """Of a clamp; a limit that is a tensor counts as unknown, so infinite."""
+    name = kind(node)
+    if name in ("relu", "relu6"):
+        return 0.0, math.inf if name == "relu" else 6.0
+    if name == "hardtanh":
+        return _argument(node, 1, "min_val", -1.0), _argument(node, 2, "max_val", 1.0)
+    low = None if name == "clamp_max" else _argument(node, 1, "min", None)
+    high = None if name == "clamp_min" else _argument(node, 1 if name == "clamp_max" else 2, "max", None)
+    return low if isinstance(low, (int, float)) else -math.inf, high if isinstance(high, (int, float)) else math.inf
+
+
+def main_input(node: Node) -> Node | None:
+    """The tensor an operation with one main input reads."""
+    first = node.args[0] if node.args else None
+    first = first[0] if isinstance(first, (list, tuple)) and len(first) == 1 else first
+    return first if isinstance(first, Node) else None
+
+
+def holds_numbers(node: Node) -> bool:
+    value = node.meta.get("val")
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    return any(isinstance(item, torch.Tensor) and item.is_floating_point() for item in values)
+
+
+def stored_bias(node: Node) -> Node | None:
+    """The stored bias of a convolution or linear layer with a stored weight."""
+    if node.target not in WEIGHTED or not is_stored(node.args[1]):
+        return None
+    bias = _argument(node, 2, "bias", None)
+    return bias if is_stored(bias) else None
+
+
+def _argument(node: Node, position: int, name: str, default: Any) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)

@@ -1,0 +1,152 @@
+"""The small modules that a student's graph calls: on weights, on activations, on biases."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mirageq.errors import UserError
+from mirageq.quant.fake_quant import affine_parameters, fake_quantize, grid, integers, round_bias
+from mirageq.quant.ranges import RangeObserver, weight_range
+from mirageq.quant.scheme import WeightRange
+
+
+class WeightQuantizer(nn.Module):
+    """Quantizes a weight per output channel.
+
+    With the range "minmax" the grid follows the weight at every forward pass, as in the papers. With "percentile" and
+    "mse" it is set here from the initial weight and kept in the buffers `scale` and `zero_point`, both (O, 1, ...).
+
+    Attributes:
+        name: of the layer.
+        bits, symmetric: of the grid.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        weight: Tensor,
+        bits: int,
+        symmetric: bool,
+        kind: WeightRange = "minmax",
+        percentile: float = 99.99,
+        clip_gradient: bool = False,
+    ) -> None:
+        super().__init__()
+        self.name, self.bits, self.symmetric = name, bits, symmetric
+        self.kind, self.clip_gradient = kind, clip_gradient
+        if kind != "minmax":
+            lo, hi = weight_range(weight, kind, bits, symmetric, percentile)
+            scale, zero_point = affine_parameters(lo, hi, bits, symmetric)
+            self.register_buffer("scale", scale)
+            self.register_buffer("zero_point", zero_point)
+
+    def forward(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The weight on its grid, and the scale (O, 1, ...) of that grid."""
+        scale, zero_point = self.affine(weight)
+        quantized = fake_quantize(weight, scale, zero_point, *grid(self.bits, self.symmetric), self.clip_gradient)
+        return quantized, scale
+
+    def affine(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point, both (O, 1, ...)."""
+        if self.kind != "minmax":
+            return self.scale, self.zero_point  # type: ignore[return-value]
+        return affine_parameters(*weight_range(weight, "minmax", self.bits, self.symmetric), self.bits, self.symmetric)
+
+    def codes(self, weight: Tensor) -> Tensor:
+        """The integer codes, int32, of the shape of `weight`."""
+        return integers(weight, *self.affine(weight), *grid(self.bits, self.symmetric))
+
+    def extra_repr(self) -> str:
+        return f"{self.name}, bits={self.bits}, symmetric={self.symmetric}, range={self.kind}"
+
+
+class ActivationQuantizer(nn.Module):
+    """Quantizes an activation per tensor, on a grid set by calibration and then fixed.
+
+    Buffers `scale`, `zero_point` and `calibrated`, all (), travel in the state dict.
+
+    Attributes:
+        name: of the activation, after the layer it follows.
+        bits, symmetric: of the grid.
+        state: "on"; "off", the identity; or "observing", the identity while `observer` watches.
+    """
+
+    def __init__(self, name: str, bits: int, symmetric: bool, clip_gradient: bool = False) -> None:
+        super().__init__()
+        self.name, self.bits, self.symmetric, self.clip_gradient = name, bits, symmetric, clip_gradient
+        self.state: Literal["on", "off", "observing"] = "on"
+        self.observer: RangeObserver | None = None
+        self.register_buffer("scale", torch.tensor(float("nan")))
+        self.register_buffer("zero_point", torch.tensor(0.0))
+        self.register_buffer("calibrated", torch.tensor(False))
+        self.ready = False
+        """A copy of `calibrated` that costs no wait for the device."""
+        self.register_load_state_dict_post_hook(_read_calibrated)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.state == "off":
+            return x
+        if self.state == "observing":
+            assert self.observer is not None
+            self.observer.update(x)
+            return x
+        if not self.ready:
+            raise UserError(
+                f"The activation '{self.name}' has no range yet. Call student.calibrate(batches), or load the state "
+                "of a calibrated student, before using the student."
+            )
+        bounds = grid(self.bits, self.symmetric)
+        return fake_quantize(x, self.scale, self.zero_point, *bounds, self.clip_gradient)  # type: ignore[arg-type]
+
+    def observe(self, observer: RangeObserver) -> None:
+        """Let activations pass in float while `observer` watches them."""
+        self.observer, self.state = observer, "observing"
+
+    def switch_on(self) -> None:
+        """Stop observing; the range is the one from before."""
+        self.observer, self.state = None, "on"
+
+    def set_range(self, lo: Tensor, hi: Tensor) -> None:
+        """Fix the grid to cover [lo, hi], both ()."""
+        scale, zero_point = affine_parameters(lo, hi, self.bits, self.symmetric)
+        with torch.no_grad():
+            self.scale.copy_(scale)  # type: ignore[operator]
+            self.zero_point.copy_(zero_point)  # type: ignore[operator]
+            self.calibrated.fill_(True)  # type: ignore[operator]
+        self.ready = True
+
+    def extra_repr(self) -> str:
+        return f"{self.name}, bits={self.bits}, symmetric={self.symmetric}, {self.state}"
+
+
+class BiasQuantizer(nn.Module):
+    """Rounds a bias to int32 steps of the accumulator, s_x * s_w, as integer runtimes store it.
+
+    Attributes:
+        state: "on" or "off", the identity (while the input's scale is being found).
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.state: Literal["on", "off"] = "on"
+
+    def forward(self, bias: Tensor, input_scale: Tensor, weight_scale: Tensor) -> Tensor:
+        """`bias` (O,), the scale () of the layer's input, the scales (O, 1, ...) of its weight -> (O,)."""
+        if self.state == "off":
+            return bias
+        return round_bias(bias, (input_scale * weight_scale.flatten()).detach())
+
+    def switch_on(self) -> None:
+        """Round again."""
+        self.state = "on"
+
+    def extra_repr(self) -> str:
+        return self.name
+
+
+def _read_calibrated(module: Any, _: Any) -> None:
+    module.ready = bool(module.calibrated)

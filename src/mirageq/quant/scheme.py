@@ -1,0 +1,111 @@
+"""What is quantized, to how many bits, and how the ranges are found."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal, get_args, get_type_hints
+
+from mirageq.errors import UserError, did_you_mean
+
+FEWEST_BITS, MOST_BITS = 2, 8
+
+WeightRange = Literal["minmax", "percentile", "mse"]
+ActivationRange = Literal["minmax", "ema", "percentile", "mse"]
+Placement = Literal["paper", "deploy"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """The settings of a quantized network.
+
+    Attributes:
+        weight_bits: 2..8, per output channel.
+        activation_bits: 2..8, per tensor.
+        first_last_bits: bits of the first and last layers' weights and of the last layer's input; None: as the rest.
+        placement: "paper" quantizes weights and the outputs of activation functions, as IntraQ, GDFQ and their family
+            report it; "deploy" quantizes every tensor that an integer runtime touches, with BatchNorm folded away,
+            the image in 8 bits and biases in int32.
+        weight_symmetric: None: as the placement does it (paper: False, deploy: True).
+        activation_symmetric: None: False in both placements.
+        weight_range: "minmax" follows the weights as they are trained; "percentile" and "mse" are set once.
+        activation_range: found by `Student.calibrate`.
+        percentile: of values kept inside a "percentile" range, cut on each side; 50 < percentile <= 100.
+        clip_gradient: False: gradients pass everywhere (the papers' straight-through); True: not where a value was
+            clipped.
+
+    Raises:
+        UserError: a setting out of range or misspelt.
+
+    >>> Scheme(weight_bits=3, activation_bits=5).bits
+    'w3a5'
+    """
+
+    weight_bits: int = 4
+    activation_bits: int = 4
+    first_last_bits: int | None = None
+    placement: Placement = "paper"
+    weight_symmetric: bool | None = None
+    activation_symmetric: bool | None = None
+    weight_range: WeightRange = "minmax"
+    activation_range: ActivationRange = "ema"
+    percentile: float = 99.99
+    clip_gradient: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("weight_bits", "activation_bits", "first_last_bits"):
+            bits = getattr(self, name)
+            if not (name == "first_last_bits" and bits is None):
+                _check_bits(name, bits)
+        for name, hint in get_type_hints(Scheme).items():
+            value = getattr(self, name)
+            if get_args(hint) and all(isinstance(option, str) for option in get_args(hint)):
+                _check_choice(name, value, get_args(hint))
+            elif hint in (bool, bool | None) and not isinstance(value, hint):
+                raise UserError(f"{name} must be one of true or false; got {value!r}.")
+        number = isinstance(self.percentile, (int, float)) and not isinstance(self.percentile, bool)
+        if not number or not 50 < self.percentile <= 100:
+            raise UserError(f"percentile must be above 50 and at most 100; got {self.percentile!r}.")
+
+    @property
+    def bits(self) -> str:
+        """The short name, such as "w4a4"."""
+        return f"w{self.weight_bits}a{self.activation_bits}"
+
+    @property
+    def symmetric_weights(self) -> bool:
+        """Whether weights use a symmetric grid, the placement's habit included."""
+        return self.placement == "deploy" if self.weight_symmetric is None else self.weight_symmetric
+
+    @property
+    def symmetric_activations(self) -> bool:
+        """Whether activations use a symmetric grid, the placement's habit included."""
+        return bool(self.activation_symmetric)
+
+
+def parse_bits(text: str) -> tuple[int, int]:
+    """The bits of weights and activations from a short name.
+
+    Raises:
+        UserError: not of the form "w4a4", or outside 2..8 bits.
+
+    >>> parse_bits("w4a8")
+    (4, 8)
+    """
+    found = re.fullmatch(r"[wW](\d+)[aA](\d+)", text.strip())
+    if not found:
+        raise UserError(f"Bits are written like w4a4 (weights 4, activations 4); got '{text}'.")
+    weight_bits, activation_bits = int(found[1]), int(found[2])
+    _check_bits("weight bits", weight_bits)
+    _check_bits("activation bits", activation_bits)
+    return weight_bits, activation_bits
+
+
+def _check_bits(name: str, bits: object) -> None:
+    if not isinstance(bits, int) or isinstance(bits, bool) or not FEWEST_BITS <= bits <= MOST_BITS:
+        raise UserError(f"{name} must be a whole number from {FEWEST_BITS} to {MOST_BITS}; got {bits!r}.")
+
+
+def _check_choice(name: str, value: object, options: tuple[str, ...]) -> None:
+    if value not in options:
+        raise UserError(f"Unknown {name} {value!r}; {did_you_mean(str(value), options)}.")

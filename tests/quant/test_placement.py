@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mirageq.graph import capture
+from mirageq.quant import Scheme, convert
+from mirageq.testing import SHAPE, TinyResNet
+
+
+class Net(nn.Module):
+    """3 x 16 x 16 images through `body`, then to four logits."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.conv, self.conv2, self.body = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), body
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.fc(self.body(self, self.conv(x)).mean((2, 3)))
+
+
+def placed(model, placement="deploy", **settings):
+    return of(capture(model.eval(), SHAPE), placement, **settings)
+
+
+def of(network, placement, **settings):
+    student = convert(network, Scheme(placement=placement, **settings))
+    images = torch.randn(4, *SHAPE)
+    student.calibrate([images])
+    assert student(images).shape[0] == 4
+    return student
+
+
+def test_a_small_residual_network_by_hand():
+    paper, deploy = placed(TinyResNet(), "paper"), placed(TinyResNet(), "deploy")
+    assert list(paper.weight_quantizers) == list(deploy.weight_quantizers) == ["conv1", "conv2", "conv3", "linear"]
+    assert list(paper.activation_quantizers) == ["conv1", "conv2.add", "conv3"]
+    assert list(deploy.activation_quantizers) == ["image", "conv1", "conv2", "conv2.add", "conv3", "conv3.mean"]
+    assert list(deploy.bias_quantizers) == ["conv1.bias", "conv2.bias", "conv3.bias", "linear.bias"]
+    assert deploy.left_in_float() == [("linear", "the logits, the network's result")]
+    floats = [name for name, _ in paper.left_in_float()]
+    assert floats == ["image", "conv2", "conv3.mean", "linear.bias", "linear"]
+
+
+def test_cifar_resnet20_has_20_weight_and_19_activation_quantizers(shared_data, monkeypatch):
+    monkeypatch.syspath_prepend(str(shared_data))
+    import zoo
+
+    network = capture(zoo.load("cifar10_resnet20_akamaster")[0], (3, 32, 32))
+    paper = convert(network, Scheme())
+    assert (len(paper.weight_quantizers), len(paper.activation_quantizers)) == (20, 19)
+    deploy = convert(network, Scheme(placement="deploy"))
+    # image, 19 convolutions (10 with their ReLU), 9 sums with their ReLU, pooling; the padded shortcuts need none
+    assert (len(deploy.weight_quantizers), len(deploy.activation_quantizers)) == (20, 1 + 19 + 9 + 1)
+
+
+@pytest.mark.parametrize(
+    ("body", "deploy", "paper"),
+    [
+        (lambda net, x: F.max_pool2d(x.relu(), 2), ["conv"], ["conv"]),
+        (lambda net, x: F.max_pool2d(x, 2).relu(), ["conv", "conv_2"], ["conv"]),
+        (lambda net, x: F.silu(x), ["conv", "conv.silu"], ["conv.silu"]),
+        (lambda net, x: x * torch.sigmoid(x), ["conv", "conv.sigmoid", "conv.mul"], ["conv.mul"]),
+        (lambda net, x: x.clamp(min=0).clamp(max=4), ["conv"], []),
+        (lambda net, x: F.hardtanh(x, 0, 6), ["conv"], ["conv"]),
+        (lambda net, x: F.relu(F.relu6(x)), ["conv"], ["conv"]),
+        (
+            lambda net, x: x.relu() + net.conv2(x.relu()),
+            ["conv", "conv_2", "conv_3", "conv2", "conv2.add"],
+            ["conv", "conv_2"],
+        ),
+        (lambda net, x: x + net.conv2(x.relu()), ["conv", "conv_2", "conv2", "conv2.add"], ["conv"]),
+        (lambda net, x: F.pad(x.relu(), (1, 1, 1, 1)), ["conv"], ["conv"]),
+        (lambda net, x: F.pad(x.relu(), (1, 1, 1, 1), value=2.0), ["conv", "conv.pad"], ["conv"]),
+        (lambda net, x: F.pad(x.relu(), (1, 1, 1, 1), mode="reflect"), ["conv"], ["conv"]),
+        (lambda net, x: torch.cat(x.relu().chunk(2, 1)[::-1], 1), ["conv", "conv.cat"], ["conv"]),
+        (lambda net, x: x / x.norm(dim=1, keepdim=True).clamp(min=1e-6), None, []),
+        (lambda net, x: x.relu()[:, :, ::2].transpose(2, 3).relu(), ["conv"], ["conv", "conv_2"]),
+        (lambda net, x: F.gelu(x) * 2 + 1, ["conv", "conv.gelu", "conv.mul", "conv.add"], ["conv.gelu"]),
+        (lambda net, x: torch.topk(x, 3, dim=2).values, ["conv", "conv.topk"], []),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_placements(body, deploy, paper):
+    network = capture(Net(body).eval(), SHAPE)
+    assert list(of(network, "paper").activation_quantizers) == paper
+    if deploy is not None:
+        first, *middle, last = of(network, "deploy").activation_quantizers
+        assert (first, middle) == ("image", deploy)
+        assert last.endswith("mean")
+
+
+class Tail(nn.Module):
+    def __init__(self, end):
+        super().__init__()
+        self.conv, self.end = nn.Conv2d(3, 4, 16), end
+
+    def forward(self, x):
+        return self.end(self.conv(x))
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda y: y.flatten(1),
+        lambda y: y.mean((2, 3)),
+        lambda y: y.flatten(1).softmax(1),
+        lambda y: y.relu().flatten(1),
+    ],
+)
+def test_logits_stay_in_float_through_views_and_softmax(end):
+    student = placed(Tail(end))
+    assert [name for name in student.activation_quantizers if name not in ("image", "conv")] == []
+    assert "conv" in [name for name, _ in student.left_in_float()] or student.left_in_float()[-1][0] == "conv.mean"
+
+
+def test_what_an_integer_runtime_cannot_do_is_reported():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gamma, self.norm = nn.Parameter(torch.ones(8, 1, 1)), nn.LayerNorm(14)
+            self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+            self.made = nn.Parameter(torch.randn(8, 8))
+
+        def forward(self, x):
+            x = self.norm(self.conv(x)) * self.gamma
+            return self.fc(F.linear(x.mean((2, 3)), self.made - self.made.mean(), self.fc.weight.sum(0)))
+
+    reasons = dict(placed(Odd()).left_in_float())
+    assert "layer_norm is computed in float" in reasons["conv.layer_norm"]
+    assert "read by mul" in reasons["gamma"]
+    assert "computed in forward" in reasons["conv.linear"]
+
+
+def test_first_and_last_bits():
+    for placement, last_input in (("paper", "conv3"), ("deploy", "conv3.mean")):
+        student = placed(TinyResNet(), placement, weight_bits=3, activation_bits=4, first_last_bits=8)
+        assert [part.bits for part in student.weight_quantizers.values()] == [8, 3, 3, 8]
+        bits = {name: part.bits for name, part in student.activation_quantizers.items()}
+        assert bits.pop(last_input) == 8
+        assert bits.pop("image", 8) == 8
+        assert set(bits.values()) == {4}
+    assert placed(TinyResNet(), "deploy").activation_quantizers["image"].bits == 8
+
+
+def test_padded_shortcuts_share_the_grid_of_their_source():
+    student = placed(Net(lambda net, x: net.conv2(F.pad(x.relu()[:, :, ::2], (2, 2)))))
+    (rounding,) = student.network.graph.find_nodes(op="call_module", target="bias_quantizers.conv2_bias")
+    assert rounding.args[1].target == "activation_quantizers.conv.scale"
