@@ -2,9 +2,9 @@
 
     python benchmarks/rows.py benchmarks/cifar10.toml [--only TEXT ...]
 
-Each cell is what `mirageq quantize NETWORK --recipe RECIPE --method METHOD --bits BITS --seed SEED` computes, followed by
-`mirageq evaluate`; the images of a (network, method, seed) are made once and serve every bit-width. A finished cell is a
-line of `benchmarks/results/NAME.jsonl` and is not computed again; delete the line to repeat it.
+Each cell is what `mirageq quantize NETWORK --recipe RECIPE --method METHOD --bits BITS --seed SEED` computes, and then
+`mirageq evaluate`; the images of a (network, method, seed) are made once and serve every bit-width. A finished cell is
+a line of `benchmarks/results/NAME.jsonl` and is not computed again; delete the line to repeat it.
 """
 
 from __future__ import annotations
@@ -47,13 +47,21 @@ def main() -> None:
             row = compute(plan, cell, options.work / options.plan.stem)
             with results.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-            console.print(f"{row['label']}: {row['top1']:.2f} (full precision {row['full_precision']:.2f})", highlight=False)
+            console.print(
+                f"{row['label']}: {row['top1']:.2f} (full precision {row['full_precision']:.2f})", highlight=False
+            )
 
 
 def cells(plan: recipe.Table) -> list[recipe.Table]:
     """Every combination; `label` names it."""
     return [
-        {"network": network, "method": method, "bits": bits, "seed": seed, "label": f"{network} {method} {bits} seed{seed}"}
+        {
+            "network": network,
+            "method": method,
+            "bits": bits,
+            "seed": seed,
+            "label": f"{network} {method} {bits} seed{seed}",
+        }
         for network in plan["networks"]
         for seed in plan["seeds"]
         for method in plan["methods"]

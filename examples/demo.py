@@ -1,4 +1,4 @@
-"""The main job on a real ImageNet network, from nothing but the package registry: quantize EfficientNet-Lite0 without data.
+"""The main job on a real ImageNet network: quantize EfficientNet-Lite0 without data, from the package registry alone.
 
 Three models are compared on images that none of them was made from, painted with another seed: the recipe as it is, the
 same model before tuning, and the same recipe fed with noise. The figure is agreement with the full-precision network.
@@ -7,17 +7,25 @@ same model before tuning, and the same recipe fed with noise. The figure is agre
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+import itertools
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from mirageq import Distill, Journal, Noise, agreement, quantize, recipe
+from mirageq import Journal, Noise, agreement, quantize, recipe
+from mirageq.pipeline import calibrate
+from mirageq.quant import convert
 from mirageq.report import contact_sheet, loss_curves
 from mirageq.run import NetworkChoice, Run, load_teacher
 
 HELD_OUT, HELD_OUT_SEED = 32, 1
+
+
+def free_folder(wanted: Path) -> Path:
+    """`wanted`, or the first of wanted-2, wanted-3, ... that does not exist yet."""
+    names = itertools.chain([wanted.name], (f"{wanted.name}-{number}" for number in itertools.count(2)))
+    return next(path for name in names if not (path := wanted.with_name(name)).exists())
 
 
 def main() -> None:
@@ -29,7 +37,9 @@ def main() -> None:
     choice = NetworkChoice(name="demo:efficientnet-lite0")
     teacher = load_teacher(choice)
     wanted = recipe.build(recipe.read("demo"))
-    console.print(f"\n[bold]1. The recipe[/] on {choice.name}: {wanted.images} images, {wanted.scheme.bits}, into {out}")
+    console.print(
+        f"\n[bold]1. The recipe[/] on {choice.name}: {wanted.images} images, {wanted.scheme.bits}, into {out}"
+    )
     run = Run.create(out, choice, wanted, seed=0, teacher=teacher)
     result = run.execute(teacher, console)
     assert result is not None
@@ -39,15 +49,28 @@ def main() -> None:
     held_out = wanted.method.synthesize(teacher, HELD_OUT, seed=HELD_OUT_SEED, journal=journal).sample(HELD_OUT).images
 
     console.print("\n[bold]3. The same without tuning, and with noise instead of images[/]")
-    untuned = quantize(teacher, Noise(), **settings(wanted, tuner=Distill(steps=0), source=run.images()))
-    noise = quantize(teacher, Noise(), **settings(wanted), journal=journal)
+    untuned = convert(teacher.network, wanted.scheme)
+    calibrate(untuned, run.images(), wanted.calibration_images)
+    noise = quantize(
+        teacher,
+        Noise(),
+        scheme=wanted.scheme,
+        tuner=wanted.tuner,
+        images=wanted.images,
+        calibration_images=wanted.calibration_images,
+        journal=journal,
+    ).student
 
     size = result.student.size()
     table = Table(title=f"agreement with full precision on {HELD_OUT} held-out synthetic images", title_justify="left")
     for column in ("model", "bits", "parameters", "agreement"):
         table.add_column(column, justify="left" if column == "model" else "right")
     table.add_row("full precision", "32", f"{size.fp32_bytes / 1e6:.1f} MB", "100.0 %")
-    for name, student in (("IntraQ, tuned", result.student), ("IntraQ, not tuned", untuned.student), ("noise, tuned", noise.student)):
+    for name, student in (
+        ("IntraQ, tuned", result.student),
+        ("IntraQ, not tuned", untuned.student),
+        ("noise, tuned", noise.student),
+    ):
         share = agreement(student, teacher, held_out)
         table.add_row(name, wanted.scheme.bits, f"{size.total_bytes / 1e6:.1f} MB", f"{share:.1f} %")
     console.print()
@@ -55,7 +78,9 @@ def main() -> None:
 
     contact_sheet(run.images().sample(1000), out / "images.png", mean=teacher.mean, std=teacher.std)
     loss_curves(out / "history.jsonl", out / "curves.png")
-    console.print(f"\nThe run is in {out}: images.png shows the images, curves.png the losses, run.json tells everything.")
+    console.print(
+        f"\nThe run is in {out}: images.png shows the images, curves.png the losses, run.json tells everything."
+    )
 
 
 if __name__ == "__main__":

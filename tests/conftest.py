@@ -3,6 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+
+torch.set_num_threads(1)  # small tensors: threads only fight over the cores
 
 
 @pytest.fixture(scope="session")

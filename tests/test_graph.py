@@ -39,7 +39,7 @@ def test_capture_agrees_with_the_model_and_leaves_it_alone():
     assert not [target for target in targets if target.split(".")[1].endswith("_") or "dropout" in target]
 
 
-def InPlaceEval(model):  # noqa: N802 - reads as the module it returns
+def InPlaceEval(model):
     copy = InPlace()
     copy.load_state_dict(model.state_dict())
     return copy.eval()
@@ -137,7 +137,10 @@ def test_weights_that_are_not_numbers_are_refused_by_name():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"mean": (0.5,)}, "mean must have one number for each of the 3 channels"), ({"std": (1, 0, 1)}, "std must be positive")],
+    [
+        ({"mean": (0.5,)}, "mean must have one number for each of the 3 channels"),
+        ({"std": (1, 0, 1)}, "std must be positive"),
+    ],
 )
 def test_a_normalisation_that_does_not_fit_is_refused(options, message):
     with pytest.raises(UserError, match=message):

@@ -67,7 +67,11 @@ def test_zeroq_aligns_standard_deviations():
 
 
 def test_soft_inception_is_a_squared_error_of_one_probability():
-    logits, labels, targets = torch.randn(4, 6, generator=rng), torch.tensor([0, 5, 2, 2]), torch.tensor([1, 0.9, 0.95, 1])
+    logits, labels, targets = (
+        torch.randn(4, 6, generator=rng),
+        torch.tensor([0, 5, 2, 2]),
+        torch.tensor([1, 0.9, 0.95, 1]),
+    )
     total = 0.0
     for row, label, target in zip(logits.tolist(), labels.tolist(), targets.tolist(), strict=True):
         probability = math.exp(row[label]) / sum(math.exp(value) for value in row)

@@ -30,7 +30,9 @@ def test_the_paper_recipes_carry_the_papers_values():
 
 
 def test_texts_are_converted_to_the_types_of_the_settings():
-    table = recipe.assign({}, ["images=32", "method.lr=0.25", "tuner.milestones=[0.1, 0.2]", "scheme.first_last_bits=8"])
+    table = recipe.assign(
+        {}, ["images=32", "method.lr=0.25", "tuner.milestones=[0.1, 0.2]", "scheme.first_last_bits=8"]
+    )
     built = recipe.build(table)
     assert built.images == 32
     assert built.method == IntraQ(lr=0.25)

@@ -46,7 +46,8 @@ def _quantize(options: argparse.Namespace, only_images: bool = False) -> None:
     kind, scheme = run.record["recipe"], run.recipe.scheme
     then = "" if only_images else f", {scheme.bits} ({scheme.placement}), {kind['tuner'].get('steps', 0)} steps"
     console.print(
-        f"[bold]{escape(run.choice.name)}[/]: {kind['images']} images by {kind['method']['name']}{then}, seed {run.seed}",
+        f"[bold]{escape(run.choice.name)}[/]: {kind['images']} images by {kind['method']['name']}{then}, "
+        f"seed {run.seed}",
         highlight=False,
     )
     run.execute(teacher, console)
@@ -77,14 +78,14 @@ def _resume(options: argparse.Namespace) -> tuple[Run, Teacher]:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from mirageq.data import open_images
-    from mirageq.evaluate import accuracy
+    from mirageq.evaluate import Classifier, accuracy
 
     folder = Path(options.model)
     run = Run.open(folder) if folder.is_dir() else None
     choice = run.choice if run else _choice(options)
     teacher = load_teacher(choice, _device(options))
     data = open_images(options.data, teacher.image_shape, resize=options.resize, limit=options.limit)
-    networks = {"full precision": teacher}
+    networks: dict[str, Classifier] = {"full precision": teacher}
     if run:
         networks[f"{run.recipe.scheme.bits} {run.record['recipe']['method']['name']}"] = run.student(teacher)
     mean, std = options.mean or teacher.mean, options.std or teacher.std
@@ -123,10 +124,14 @@ def _summary(run: Run) -> None:
     record = run.record
     grid = Grid(box=None, show_header=False, pad_edge=False)
     grid.add_row("network", record["network"]["name"])
-    grid.add_row("recipe", f"{record['recipe']['method']['name']} {run.recipe.scheme.bits} {run.recipe.scheme.placement}")
+    grid.add_row(
+        "recipe", f"{record['recipe']['method']['name']} {run.recipe.scheme.bits} {run.recipe.scheme.placement}"
+    )
     if run.finished:
         if student := record.get("student"):
-            grid.add_row("size", f"{student['total_bytes'] / 1e6:.2f} MB, full precision {student['fp32_bytes'] / 1e6:.2f} MB")
+            grid.add_row(
+                "size", f"{student['total_bytes'] / 1e6:.2f} MB, full precision {student['fp32_bytes'] / 1e6:.2f} MB"
+            )
         grid.add_row("time", ", ".join(f"{name} {value:.0f} s" for name, value in record["seconds"].items()))
         grid.add_row("memory", f"{record['peak_memory_bytes'] / 2**30:.2f} GiB at most")
     grid.add_row("status", record["status"])
@@ -202,7 +207,9 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("quantize", parents=[network, making], help="synthesise, quantize, calibrate, tune")
     command.add_argument("model", nargs="?", help=model)
     command.add_argument("--bits", help="weights and activations, such as w4a4")
-    command.add_argument("--images", type=Path, metavar="RUN", help="use the images of another run (or a safetensors file)")
+    command.add_argument(
+        "--images", type=Path, metavar="RUN", help="use the images of another run (or a safetensors file)"
+    )
     command.set_defaults(command=_quantize)
 
     command = commands.add_parser("synthesize", parents=[network, making], help="only make images")
@@ -212,7 +219,9 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("evaluate", parents=[network], help="top-1 and top-5 on labelled images")
     command.add_argument("model", help=f"a run's folder, or {model}")
-    command.add_argument("--data", type=Path, required=True, help="image folder, CIFAR .npz or .bin, or parquet of JPEG")
+    command.add_argument(
+        "--data", type=Path, required=True, help="image folder, CIFAR .npz or .bin, or parquet of JPEG"
+    )
     command.add_argument("--resize", type=int, help="first scale the short side to this many pixels")
     command.add_argument("--limit", type=int, help="only the first so many images")
     command.set_defaults(command=_evaluate)
@@ -225,5 +234,3 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("run", type=Path)
     command.set_defaults(command=_show)
     return parser
-
-

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -42,7 +42,10 @@ class LabelledImages:
         for start in range(0, self.count, batch_size):
             picked = [self._files[index] for index in range(start, min(start + batch_size, self.count))]
             pixels = np.stack([self._fit(image) for image, _ in picked])
-            yield torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.tensor([label for _, label in picked])
+            yield (
+                torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
+                torch.tensor([label for _, label in picked]),
+            )
 
     def _fit(self, image: np.ndarray) -> np.ndarray:
         channels, height, width = self._shape
@@ -85,13 +88,13 @@ def open_images(
     files = _open(path)
     if len(files) == 0:
         raise UserError(f"{path} holds no images.")
-    return LabelledImages(files, tuple(image_shape), resize, limit)
+    return LabelledImages(files, image_shape, resize, limit)
 
 
 def _open(path: Path) -> _Files:
     if path.is_dir():
         return _Folder(path)
-    readers = {".npz": _npz, ".bin": _cifar_binary, ".parquet": _Parquet}
+    readers: dict[str, Callable[[Path], _Files]] = {".npz": _npz, ".bin": _cifar_binary, ".parquet": _Parquet}
     if path.suffix not in readers:
         raise UserError(f"{path} is none of: image folder, {', '.join(readers)}.")
     try:
@@ -115,7 +118,9 @@ def _npz(path: Path) -> _Arrays:
     with np.load(path) as file:
         images, labels = file["images"], file["labels"]
     if images.dtype != np.uint8 or images.ndim != 4 or labels.shape != images.shape[:1]:
-        raise ValueError(f"expected images (N, H, W, C) uint8 and labels (N,), got {images.dtype} {images.shape} and {labels.shape}")
+        raise ValueError(
+            f"expected images (N, H, W, C) uint8 and labels (N,), got {images.dtype} {images.shape} and {labels.shape}"
+        )
     return _Arrays(images, labels)
 
 

@@ -18,7 +18,7 @@ PLAIN = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw"
 
 
 def to_timm_names(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The package's tensors under the names of timm's `model`; blocks are numbered through there, and by stage in timm."""
+    """The package's tensors under the names of timm's `model`, which numbers blocks stage by stage."""
     places = [f"blocks.{stage}.{block}" for stage, blocks in enumerate(model.blocks) for block in range(len(blocks))]  # type: ignore[arg-type]
     renamed = {}
     for key, tensor in state.items():

@@ -59,7 +59,7 @@ def accuracy(
         labels, classes = labels.to(device), logits.shape[1]
         if int(labels.max()) >= classes:
             raise UserError(
-                f"The images have the label {int(labels.max())}, and the network tells only {classes} classes (from 0). "
+                f"The images have the label {int(labels.max())}, and the network knows {classes} classes. "
                 "Give images of the data set it was trained for."
             )
         best = logits.topk(min(5, classes), dim=1).indices

@@ -5,6 +5,9 @@ normalisation is an operation like any other, so the collector (`observe.py`) an
 (`quant/`) serve timm's fused layers, hand-written modules and `.pt2` files alike.
 """
 
+# fx types an argument of a node as a union of everything:
+# mypy: disable-error-code="union-attr, arg-type, return-value"
+
 from __future__ import annotations
 
 import copy
@@ -91,7 +94,9 @@ def load_exported(path: Path) -> tuple[ExportedProgram, tuple[int, int, int]]:
             program = torch.export.load(path)
     except Exception as error:
         raise UserError(f"{path} is not a readable exported program ({_first_line(error)}).") from error
-    images = [node for node in program.graph.find_nodes(op="placeholder") if node.name in program.graph_signature.user_inputs]
+    images = [
+        node for node in program.graph.find_nodes(op="placeholder") if node.name in program.graph_signature.user_inputs
+    ]
     if len(images) != 1 or images[0].meta["val"].dim() != 4:
         raise UserError(f"{path} must take one image tensor (N, C, H, W) as its only input.")
     batch, *shape = images[0].meta["val"].shape
@@ -124,11 +129,18 @@ def layer_name(node: Node) -> str:
     return stored.target.rpartition(".")[0]
 
 
+def running_statistics(norm: Node) -> tuple[Node, Node]:
+    """The nodes of a batch normalisation's running mean and variance."""
+    return norm.args[3], norm.args[4]
+
+
 def feature_node(graph: torch.fx.Graph) -> Node:
     """The penultimate features: what the last linear layer (or last convolution) reads."""
     layers = weighted(graph)
     if not layers:
-        raise UserError("The network has no convolution or linear layer with a stored weight; there is nothing to quantize.")
+        raise UserError(
+            "The network has no convolution or linear layer with a stored weight; there is nothing to quantize."
+        )
     linear = [node for node in layers if node.target is LINEAR]
     return (linear or layers)[-1].args[0]
 

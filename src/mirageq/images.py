@@ -56,7 +56,9 @@ class SyntheticSet:
 
     def __init__(self, images: Tensor, labels: Tensor, *, seed: int = 0) -> None:
         if len(images) != len(labels) or len(images) == 0:
-            raise UserError(f"A set needs as many labels as images, and at least one; got {len(labels)} and {len(images)}.")
+            raise UserError(
+                f"A set needs as many labels as images, and at least one; got {len(labels)} and {len(images)}."
+            )
         self.images, self.labels, self.seed = images, labels, seed
         self._drawn = 0
 
@@ -144,7 +146,10 @@ class GrowingSet:
         self._flush()
 
     def read(self, start: int, stop: int) -> Batch:
-        return Batch(torch.from_numpy(self.images[start:stop].astype(np.float32)), torch.from_numpy(self.labels[start:stop].copy()))
+        return Batch(
+            torch.from_numpy(self.images[start:stop].astype(np.float32)),
+            torch.from_numpy(self.labels[start:stop].copy()),
+        )
 
     def finish(self, seed: int) -> SyntheticSet:
         """The finished set; a file gets its final name."""
@@ -195,7 +200,9 @@ def _create(path: Path, layout: bytes) -> None:
 def _map(path: Path, layout: bytes) -> tuple[np.ndarray, np.ndarray]:
     with path.open("rb") as file:
         if file.read(len(layout)) != layout:
-            raise UserError(f"{path} was begun with another image count or shape. Use another output folder, or the same settings.")
+            raise UserError(
+                f"{path} was begun with another image count or shape. Use another output folder, or the same settings."
+            )
     header = json.loads(layout[8:])
     shape = tuple(header["images"]["shape"])
     labels = np.memmap(path, "<i8", "r+", len(layout), shape[:1])

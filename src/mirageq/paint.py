@@ -141,7 +141,9 @@ def paint(
             total.backward()
             optimizer.step()
             plateau.step(total.detach())
-            advance(step, **{key: float(term.detach()) for key, term in terms.items()}, lr=optimizer.param_groups[0]["lr"])
+            advance(
+                step, **{key: float(term.detach()) for key, term in terms.items()}, lr=optimizer.param_groups[0]["lr"]
+            )
             checkpoint.offer(
                 lambda: {
                     "name": name,

@@ -59,7 +59,9 @@ def read(name: str) -> Table:
     known = shipped()
     path = known.get(name) or Path(name)
     if not path.is_file():
-        raise UserError(f"There is no recipe '{name}': neither a file nor a shipped recipe; {did_you_mean(name, known)}.")
+        raise UserError(
+            f"There is no recipe '{name}': neither a file nor a shipped recipe; {did_you_mean(name, known)}."
+        )
     try:
         return tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

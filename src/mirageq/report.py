@@ -12,7 +12,7 @@ from mirageq.images import Batch
 from mirageq.journal import read_history
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402 - the backend must be chosen first
+import matplotlib.pyplot as plt
 
 Curves = dict[str, dict[str, list[tuple[int, float]]]]
 

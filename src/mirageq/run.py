@@ -77,7 +77,11 @@ class Run:
             "status": "running",
             "only_images": only_images,
             "versions": _versions(),
-            "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "device": str(teacher.device)},
+            "machine": {
+                "processor": platform.machine(),
+                "threads": torch.get_num_threads(),
+                "device": str(teacher.device),
+            },
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "network": {**asdict(choice), "sha256": _network_hash(teacher), "classes": teacher.classes},
             "seed": seed,
@@ -113,8 +117,8 @@ class Run:
 
     @property
     def choice(self) -> NetworkChoice:
-        plain = {key: value for key, value in self.record["network"].items() if key in NetworkChoice.__annotations__}
-        return NetworkChoice(**{key: tuple(value) if isinstance(value, list) else value for key, value in plain.items()})
+        network = self.record["network"]
+        return settings(NetworkChoice, {key: network[key] for key in NetworkChoice.__annotations__}, "the network")
 
     @property
     def recipe(self) -> Recipe:
@@ -156,12 +160,16 @@ class Run:
         if self.record["only_images"]:
             raise UserError(f"{self.folder} holds only images, made by mirageq synthesize; there is no student in it.")
         if not self.finished:
-            raise UserError(f"{self.folder} holds an unfinished run; finish it with: mirageq quantize --resume {self.folder}")
+            raise UserError(
+                f"{self.folder} holds an unfinished run; finish it with: mirageq quantize --resume {self.folder}"
+            )
         student = convert(teacher.network, settings(Scheme, self.record["recipe"]["scheme"], "scheme"))
         try:
             student.load_state_dict(load_file(self.folder / STUDENT))
         except (OSError, SafetensorError, RuntimeError) as error:
-            raise UserError(f"{self.folder / STUDENT} does not hold this run's student ({str(error).splitlines()[0]}).") from error
+            raise UserError(
+                f"{self.folder / STUDENT} does not hold this run's student ({str(error).splitlines()[0]})."
+            ) from error
         return student.to(teacher.device)
 
     def _carry_out(self, teacher: Teacher, journal: Journal) -> Result | None:
@@ -218,7 +226,8 @@ def check_folder(folder: Path) -> None:
         raise UserError(f"The output {folder} is a file; give a folder.")
     if (folder / RECORD).exists():
         raise UserError(
-            f"{folder} already holds a run. Give another folder, or continue that run with: mirageq quantize --resume {folder}"
+            f"{folder} already holds a run. Give another folder, or continue that run with: "
+            f"mirageq quantize --resume {folder}"
         )
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"The output folder {folder} is not empty; give a new or empty one.")
@@ -245,4 +254,3 @@ def _peak_memory() -> int:
     except ImportError:
         return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-

@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from mirageq.errors import UserError
-from mirageq.graph import batch_norms, capture, layer_name, stored
+from mirageq.graph import batch_norms, capture, layer_name, running_statistics, stored
 from mirageq.observe import Observation, Observer
 
 Triple = tuple[float, float, float]
@@ -70,12 +70,10 @@ class Teacher:
         observe = Observer(network)
         seen = _first_look(observe, image_shape, device)
         norms = tuple(
-            BatchNormStatistics(layer_name(node), stored(network, node.args[3]), stored(network, node.args[4]))
+            BatchNormStatistics(layer_name(node), *(stored(network, value) for value in running_statistics(node)))
             for node in batch_norms(network.graph)
         )
-        return Teacher(
-            network, tuple(image_shape), seen.logits.shape[1], seen.features.shape[1], norms, mean, std, observe
-        )
+        return Teacher(network, image_shape, seen.logits.shape[1], seen.features.shape[1], norms, mean, std, observe)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W) -> logits (N, classes)."""

@@ -9,6 +9,7 @@ In your own tests:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -105,10 +106,8 @@ def continues_an_interrupted_run_to_the_same_bits(method: Method, folder: Path) 
     for survived in (2, 8):
         attempt = folder / str(survived)
         attempt.mkdir()
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             method.synthesize(_teacher(), COUNT, journal=_StumblingJournal(attempt, survived))
-        except KeyboardInterrupt:
-            pass
         source = method.synthesize(_teacher(), COUNT, journal=Journal(attempt, checkpoint_seconds=0))
         assert hash_tensors(source.sample(COUNT)._asdict()) == whole, f"interrupted after {survived} steps"
 
@@ -139,7 +138,10 @@ def tells_when_a_network_has_no_batch_norm(method: Method, folder: Path) -> None
     try:
         method.synthesize(teacher, COUNT)
     except UserError as error:
-        assert "BatchNorm" in str(error)
+        message = str(error)
+    else:
+        return  # a method may do without
+    assert "BatchNorm" in message
 
 
 METHOD_CHECKS = (

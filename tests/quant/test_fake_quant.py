@@ -138,5 +138,5 @@ def test_compiles_to_the_same_graph_without_breaks():
         return fake_quantize(x, torch.tensor(0.1), torch.tensor(3.0), 0, 15, True)
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    x = torch.randn(4, 5)
+    x = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     assert torch.equal(compiled(x), step(x))

@@ -31,9 +31,9 @@ def tuned(teacher, source, journal=None, **settings):
     source.load_state_dict({"drawn": 0})
     student = student_of(teacher, source)
     journal = journal or Journal()
-    Distill(**{"steps": 60, "batch_size": 16, "lr": 1e-2, "kd_weight": 1.0, "ce_weight": 0.0, "crop_scale": 1.0, **settings}).tune(
-        teacher, student, source, journal=journal
-    )
+    Distill(
+        **{"steps": 60, "batch_size": 16, "lr": 1e-2, "kd_weight": 1.0, "ce_weight": 0.0, "crop_scale": 1.0, **settings}
+    ).tune(teacher, student, source, journal=journal)
     return student, journal
 
 
@@ -53,7 +53,9 @@ def test_cross_entropy_pulls_towards_the_labels(teacher, source):
     batch = source.sample(64)
     plain, labelled = (tuned(teacher, source, ce_weight=weight)[0] for weight in (0.0, 10.0))
     with torch.no_grad():
-        losses = [torch.nn.functional.cross_entropy(student(batch.images), batch.labels) for student in (plain, labelled)]
+        losses = [
+            torch.nn.functional.cross_entropy(student(batch.images), batch.labels) for student in (plain, labelled)
+        ]
     assert losses[1] < losses[0]
 
 

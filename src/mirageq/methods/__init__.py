@@ -1,7 +1,7 @@
 """Every synthesis method: one file each, one line here.
 
-A method is a frozen dataclass of settings with `synthesize(teacher, count, *, seed, journal) -> ImageSource`. The command
-line, its help, the documentation's table and the conformance tests are all derived from `METHODS`.
+A method is a frozen dataclass of settings with `synthesize(teacher, count, *, seed, journal) -> ImageSource`. The
+command line, its help and the conformance tests are all derived from `METHODS`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ METHODS: dict[str, type] = {"noise": Noise, "zeroq": ZeroQ, "intraq": IntraQ}
 class Method(Protocol):
     """What a method must offer."""
 
-    def synthesize(
-        self, teacher: Teacher, count: int, *, seed: int = 0, journal: Journal | None = None
-    ) -> ImageSource:
+    def synthesize(self, teacher: Teacher, count: int, *, seed: int = 0, journal: Journal | None = None) -> ImageSource:
         """Make a source of `count` images from what the teacher remembers; randomness from `seed` alone."""
         ...
 

@@ -7,8 +7,8 @@ inception loss asks for a probability drawn at random instead of full certainty.
 Reference: Zhong et al., "IntraQ: Learning Synthetic Images with Intra-Class Heterogeneity for Zero-Shot Network
 Quantization", CVPR 2022, arXiv 2111.09136.
 Differences from the official code (see docs/methods.md for the effect of each):
-  1. The released ImageNet script switches two of the three components off (margins 0 and 2, target 1). Here all three
-     are on; the ImageNet recipe carries the intended values (0.3, 0.8, 0.9).
+  1. The released ImageNet script switches two of the three components off (margins 0 and 2, target 1). Here all
+     three are on; the ImageNet recipe carries the intended values (0.3, 0.8, 0.9).
   2. As in the code, and unlike the paper's wording: the crop is tossed once per iteration for the whole batch and comes
      with a mirror flip, its size is an area fraction with a random aspect ratio, and half of the images get target 1.
   3. Crops are one differentiable sampling grid for the batch; torchvision's distribution, not its random stream.
@@ -16,7 +16,8 @@ Differences from the official code (see docs/methods.md for the effect of each):
      process; the official groups are four processes that reload each other's files.
   5. The teacher's weights take no gradient (the official code computes and drops it).
   6. Nothing here calibrates on a generator: activation ranges come from these images (official: GDFQ's generator, 4
-     epochs), with the EMA's bias corrected properly. The reported figure is the last step's, never the best on a test set.
+     epochs), with the EMA's bias corrected properly. The figure reported is the last step's, never the best on a test
+     set.
 Cost: one teacher forward and backward pass an image and iteration; the paper takes 5,120 images x 1,000 iterations.
 Choose it: for 4 bits and below, together with distillation; at 8 bits a cheaper method will do.
 """
@@ -74,9 +75,7 @@ class IntraQ(Descent):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is a probability in [0, 1]; got {getattr(self, name)}.")
 
-    def synthesize(
-        self, teacher: Teacher, count: int, *, seed: int = 0, journal: Journal | None = None
-    ) -> ImageSource:
+    def synthesize(self, teacher: Teacher, count: int, *, seed: int = 0, journal: Journal | None = None) -> ImageSource:
         """Paint `count` images, batch after batch; each batch keeps its distance from the centres of those before."""
         teacher.require_batch_norms("IntraQ")
         canvas = Canvas(teacher, count, self, seed, journal or Journal())
@@ -156,5 +155,6 @@ class ClassCentres:
         """The centres after these finished, uncropped images."""
         features = teacher.observe(images).features
         return ClassCentres(
-            self.sums.index_add(0, labels, features), self.counts.index_add(0, labels, torch.ones_like(labels, dtype=self.counts.dtype))
+            self.sums.index_add(0, labels, features),
+            self.counts.index_add(0, labels, torch.ones_like(labels, dtype=self.counts.dtype)),
         )

@@ -25,9 +25,7 @@ CHUNK = 64
 class Noise:
     """Gaussian noise as images; has no settings."""
 
-    def synthesize(
-        self, teacher: Teacher, count: int, *, seed: int = 0, journal: Journal | None = None
-    ) -> ImageSource:
+    def synthesize(self, teacher: Teacher, count: int, *, seed: int = 0, journal: Journal | None = None) -> ImageSource:
         """Draw `count` images."""
         path = journal.folder / "synthetic.safetensors" if journal and journal.folder else None
         drawn = GrowingSet(count, teacher.image_shape, path)

@@ -29,9 +29,7 @@ class Stored:
 
     path: str
 
-    def synthesize(
-        self, teacher: Teacher, count: int, *, seed: int = 0, journal: Journal | None = None
-    ) -> ImageSource:
+    def synthesize(self, teacher: Teacher, count: int, *, seed: int = 0, journal: Journal | None = None) -> ImageSource:
         """The first `count` images of the file."""
         stored = SyntheticSet.load(Path(self.path), seed=seed)
         if tuple(stored.images.shape[1:]) != teacher.image_shape:
@@ -40,5 +38,7 @@ class Stored:
                 f"{teacher.image_shape}. Give images made for this network."
             )
         if len(stored) < count:
-            raise UserError(f"{self.path} holds {len(stored)} images, and {count} were asked for. Lower images, or make more.")
+            raise UserError(
+                f"{self.path} holds {len(stored)} images, and {count} were asked for. Lower images, or make more."
+            )
         return SyntheticSet(stored.images[:count], stored.labels[:count], seed=seed)

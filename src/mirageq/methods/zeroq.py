@@ -36,9 +36,7 @@ class ZeroQ(Descent):
     iterations: int = 500
     patience: int = 100
 
-    def synthesize(
-        self, teacher: Teacher, count: int, *, seed: int = 0, journal: Journal | None = None
-    ) -> ImageSource:
+    def synthesize(self, teacher: Teacher, count: int, *, seed: int = 0, journal: Journal | None = None) -> ImageSource:
         """Paint `count` images, a batch at a time."""
         teacher.require_batch_norms("ZeroQ")
         canvas = Canvas(teacher, count, self, seed, journal or Journal())
@@ -50,9 +48,7 @@ class ZeroQ(Descent):
 def _loss(teacher: Teacher, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
     """Eq. 3: squared distances of means and deviations, averaged over channels, summed over layers."""
     seen = teacher.observe(images)
-    layers = [
-        deviation_alignment(seen.bn_inputs[norm.name], norm.mean, norm.var) for norm in teacher.batch_norms
-    ]
+    layers = [deviation_alignment(seen.bn_inputs[norm.name], norm.mean, norm.var) for norm in teacher.batch_norms]
     blank = torch.zeros(images.shape[1], device=images.device)
     return {"bn": torch.stack(layers).sum(), "input": deviation_alignment(images, blank, blank + 1)}
 

@@ -99,6 +99,8 @@ class _FakeQuantize(torch.autograd.Function):
         if clip_gradient:
             ctx.save_for_backward((steps >= low).logical_and_(steps <= high))
         ctx.clip_gradient = clip_gradient
+        if torch.compiler.is_compiling():  # which fuses the passes, and refuses some tensors as `out`
+            return torch.minimum(torch.maximum(steps, low), high) * scale
         torch.maximum(steps, low, out=steps)
         torch.minimum(steps, high, out=steps)
         return steps.mul_(scale)

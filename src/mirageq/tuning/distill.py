@@ -152,9 +152,7 @@ class _Run:
         self.step = 0
         self._keep()
 
-    def update(
-        self, teacher: Teacher, batches: Iterator[Batch], say: Callable[[str], None]
-    ) -> dict[str, float] | None:
+    def update(self, teacher: Teacher, batches: Iterator[Batch], say: Callable[[str], None]) -> dict[str, float] | None:
         """One step; None if the guard took the student back to its last good state instead."""
         settings = self.settings
         batch = self._prepare(next(batches), teacher.device)
