@@ -203,7 +203,7 @@ class Run:
             SyntheticSet(*source.sample(self.recipe.images)).save(self.folder / IMAGES)
         self.record["images"] = {"count": len(self.images()), "sha256": self.images().digest()}
         if student is not None:
-            state = {name: tensor.contiguous() for name, tensor in student.state_dict().items()}
+            state = {name: tensor.contiguous().clone() for name, tensor in student.state_dict().items()}
             save_file(state, self.folder / STUDENT)
             self.record["student"] = {"sha256": hash_tensors(state), **asdict(student.size())}
         checkpoints = self.folder / "checkpoints"

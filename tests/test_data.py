@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mirageq.data import open_images
+from mirageq.errors import UserError
+
+SHAPE = (3, 8, 8)
+
+
+def pixels(count, height=8, width=8):
+    return np.random.default_rng(0).integers(0, 256, (count, height, width, 3), np.uint8)
+
+
+def everything(data, batch_size=2):
+    images, labels = zip(*data.batches(batch_size), strict=True)
+    return torch.cat(images), torch.cat(labels).tolist()
+
+
+def png(array):
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def test_an_image_folder_takes_its_labels_from_the_order_of_its_sub_folders(tmp_path):
+    images = pixels(3)
+    for name, image in zip(("cat/1.png", "ant/7.png", "cat/0.PNG"), images, strict=True):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(png(image))
+    (tmp_path / "cat" / "notes.txt").write_text("not an image")
+    read, labels = everything(open_images(tmp_path, SHAPE))
+    assert labels == [0, 1, 1]
+    assert np.array_equal(read.permute(0, 2, 3, 1).numpy(), images[[1, 2, 0]])
+
+
+def test_npz_and_limit(tmp_path):
+    images = pixels(5)
+    np.savez(tmp_path / "test.npz", images=images, labels=np.array([4, 3, 2, 1, 0], np.uint8))
+    data = open_images(tmp_path / "test.npz", SHAPE, limit=3)
+    read, labels = everything(data)
+    assert data.count == 3
+    assert labels == [4, 3, 2]
+    assert np.array_equal(read.permute(0, 2, 3, 1).numpy(), images[:3])
+
+
+@pytest.mark.parametrize("label_bytes", [1, 2])
+def test_the_binary_files_of_cifar(tmp_path, label_bytes):
+    images, labels = pixels(4, 32, 32), [3, 0, 9, 5]
+    with (tmp_path / "test.bin").open("wb") as file:
+        for image, label in zip(images, labels, strict=True):
+            file.write(bytes([77] * (label_bytes - 1) + [label]) + image.transpose(2, 0, 1).tobytes())
+    read, found = everything(open_images(tmp_path / "test.bin", (3, 32, 32)))
+    assert found == labels
+    assert np.array_equal(read.permute(0, 2, 3, 1).numpy(), images)
+
+
+def test_parquet_of_encoded_images(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    images = pixels(3)
+    table = pyarrow.table({"jpeg": [png(image) for image in images], "label": [7, 8, 9]})
+    pyarrow.parquet.write_table(table, tmp_path / "val.parquet")
+    read, labels = everything(open_images(tmp_path / "val.parquet", SHAPE))
+    assert labels == [7, 8, 9]
+    assert np.array_equal(read.permute(0, 2, 3, 1).numpy(), images)
+
+
+def test_larger_images_are_cropped_around_their_centre(tmp_path):
+    images = pixels(1, 11, 12)
+    np.savez(tmp_path / "test.npz", images=images, labels=[0])
+    read, _ = everything(open_images(tmp_path / "test.npz", SHAPE))
+    assert np.array_equal(read[0].permute(1, 2, 0).numpy(), images[0, 1:9, 2:10])
+
+
+def test_resize_scales_the_short_side_first(tmp_path):
+    np.savez(tmp_path / "test.npz", images=np.full((1, 20, 40, 3), 9, np.uint8), labels=[0])
+    read, _ = everything(open_images(tmp_path / "test.npz", SHAPE, resize=10))
+    assert read.shape == (1, *SHAPE)
+    assert (read == 9).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.npz", None, "no file or folder"),
+        ("data.txt", b"x", "is none of: image folder, .npz, .bin, .parquet"),
+        ("data.npz", b"not a zip", "cannot be read as labelled images"),
+        ("data.bin", b"123", "no whole number of CIFAR records"),
+        ("data.parquet", b"123", "cannot be read as labelled images"),
+    ],
+)
+def test_what_cannot_be_read_is_told(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        open_images(tmp_path / name, SHAPE)
+
+
+def test_arrays_of_the_wrong_kind_are_told(tmp_path):
+    np.savez(tmp_path / "float.npz", images=np.zeros((2, 8, 8, 3)), labels=[0, 1])
+    with pytest.raises(UserError, match=r"expected images \(N, H, W, C\) uint8"):
+        open_images(tmp_path / "float.npz", SHAPE)
+
+
+def test_folders_without_classes_or_images_are_told(tmp_path):
+    with pytest.raises(UserError, match="has no sub-folders"):
+        open_images(tmp_path, SHAPE)
+    (tmp_path / "cat").mkdir()
+    with pytest.raises(UserError, match="holds no images"):
+        open_images(tmp_path, SHAPE)
+
+
+def test_a_damaged_image_is_named(tmp_path):
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "half.png").write_bytes(png(pixels(1)[0])[:60])
+    with pytest.raises(UserError, match=r"half.png is not a whole image"):
+        everything(open_images(tmp_path, SHAPE))
+
+
+def test_images_that_are_too_small_or_have_other_channels_are_told(tmp_path):
+    np.savez(tmp_path / "small.npz", images=pixels(1, 6, 6), labels=[0])
+    with pytest.raises(UserError, match="6x6 pixels is smaller than the network's 8x8.*--resize"):
+        everything(open_images(tmp_path / "small.npz", SHAPE))
+    np.savez(tmp_path / "rgb.npz", images=pixels(1), labels=[0])
+    with pytest.raises(UserError, match="3 channels, and the network takes 1"):
+        everything(open_images(tmp_path / "rgb.npz", (1, 8, 8)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"resize": 4}, "at least the network's input, 8"), ({"limit": 0}, "positive")]
+)
+def test_options_that_make_no_sense_are_told(tmp_path, options, message):
+    np.savez(tmp_path / "test.npz", images=pixels(1), labels=[0])
+    with pytest.raises(UserError, match=message):
+        open_images(tmp_path / "test.npz", SHAPE, **options)
