@@ -61,12 +61,12 @@ def test_the_binary_files_of_cifar(tmp_path, label_bytes):
 
 
 def test_parquet_of_encoded_images(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
 
     images = pixels(3)
     table = pyarrow.table({"jpeg": [png(image) for image in images], "label": [7, 8, 9]})
-    pyarrow.parquet.write_table(table, tmp_path / "val.parquet")
+    parquet.write_table(table, tmp_path / "val.parquet")
     read, labels = everything(open_images(tmp_path / "val.parquet", SHAPE))
     assert labels == [7, 8, 9]
     assert np.array_equal(read.permute(0, 2, 3, 1).numpy(), images)

@@ -1,0 +1,68 @@
+"""Write `benchmarks/RESULTS.md` from the rows in `benchmarks/results/`: python benchmarks/table.py"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+from mirageq import recipe
+
+HERE = Path(__file__).resolve().parent
+Row = dict
+
+
+def main() -> None:
+    parts = [(HERE / "results" / "HEAD.md").read_text()]
+    for path in sorted((HERE / "results").glob("*.jsonl")):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        intro = (HERE / "results" / f"{path.stem}.md").read_text()
+        parts.append(f"{intro}\n{table(rows)}\n\n{costs(path.stem, rows)}\n")
+    (HERE / "RESULTS.md").write_text("\n".join(parts))
+
+
+def table(rows: list[Row]) -> str:
+    """Networks x methods against bits: top-1, its drop from full precision, and its spread over seeds."""
+    bits = list(dict.fromkeys(row["bits"] for row in rows))
+    lines = [
+        "| network | images from | " + " | ".join(f"{name} top-1 | drop" for name in bits) + " |",
+        "| --- | --- |" + " ---: | ---: |" * len(bits),
+    ]
+    for network in dict.fromkeys(row["network"] for row in rows):
+        ours = [row for row in rows if row["network"] == network]
+        full, count = ours[0]["full_precision"], ours[0]["count"]
+        lines.append(f"| {network} | (full precision, {count:,} images) | " + " | ".join([f"{full:.2f} | "] * len(bits)) + " |")
+        for method in dict.fromkeys(row["method"] for row in ours):
+            cells = [cell([r for r in ours if r["method"] == method and r["bits"] == name], full) for name in bits]
+            lines.append(f"| {network} | {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def cell(rows: list[Row], full: float) -> str:
+    if not rows:
+        return "- | -"
+    values = [row["top1"] for row in rows]
+    mean = statistics.mean(values)
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    seeds = f" ({len(values)} seeds)" if len(values) > 1 else " (1 seed)"
+    return f"{mean:.2f}{spread}{seeds} | {full - mean:.2f}"
+
+
+def costs(plan: str, rows: list[Row]) -> str:
+    """What the rows were made with, and what they cost."""
+    shown = recipe.describe(recipe.build({**rows[0]["recipe"], "method": {"name": "noise"}}))
+    scheme, tuner = shown["scheme"], shown["tuner"]
+    synthesis = {row["method"]: row["seconds"]["synthesize"] for row in rows}
+    return (
+        f"Recipe: {shown['images']} images, {shown['calibration_images']} for the ranges; `{scheme['placement']}` placement, "
+        f"weights `{scheme['weight_range']}`, activations `{scheme['activation_range']}`; {tuner['steps']} updates of "
+        f"{tuner['batch_size']}, {tuner['optimizer']} {tuner['lr']:g}. Images took "
+        + ", ".join(f"{seconds:.0f} s ({method})" for method, seconds in synthesis.items())
+        + f" on one CPU core, tuning {statistics.mean(row['seconds']['tune'] for row in rows):.0f} s; peak memory "
+        f"{max(row['peak_memory_bytes'] for row in rows) / 2**30:.1f} GiB. Binomial error of one figure: ± "
+        f"{max(row['standard_error'] for row in rows):.2f}. Every row: `python benchmarks/rows.py benchmarks/{plan}.toml`."
+    )
+
+
+if __name__ == "__main__":
+    main()
