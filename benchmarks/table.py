@@ -31,7 +31,9 @@ def table(rows: list[Row]) -> str:
     for network in dict.fromkeys(row["network"] for row in rows):
         ours = [row for row in rows if row["network"] == network]
         full, count = ours[0]["full_precision"], ours[0]["count"]
-        lines.append(f"| {network} | (full precision, {count:,} images) | " + " | ".join([f"{full:.2f} | "] * len(bits)) + " |")
+        lines.append(
+            f"| {network} | (full precision, {count:,} images) | " + " | ".join([f"{full:.2f} | "] * len(bits)) + " |"
+        )
         for method in dict.fromkeys(row["method"] for row in ours):
             cells = [cell([r for r in ours if r["method"] == method and r["bits"] == name], full) for name in bits]
             lines.append(f"| {network} | {method} | " + " | ".join(cells) + " |")

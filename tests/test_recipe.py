@@ -54,6 +54,7 @@ def test_a_method_from_outside_is_found_by_its_path():
         ({"method": {"name": "mirageq.teacher:Teacher"}}, "is not a method"),
         ({"method": {"iteratoins": 3}}, "method has no setting 'iteratoins'; did you mean 'iterations'"),
         ({"method": {"iterations": "many"}}, "method: 'iterations' expects int; got 'many'"),
+        ({"method": {"name": "mirageq.methods.stored:Stored"}}, "method needs a value for 'path'"),
         ({"method": {"iterations": 0}}, "iterations must be positive; got 0"),
         ({"method": {"margin_low": 0.9}}, "margin_low <= margin_high"),
         ({"method": {"target_low": 1.5}}, r"target_low is a probability in \[0, 1\]; got 1.5"),

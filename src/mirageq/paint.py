@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -21,13 +22,15 @@ Loss = Callable[[Tensor, torch.Generator], dict[str, Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class Descent:
-    """Settings of the descent on pixels, Adam with the rate lowered on plateaus; see `paint`.
+    """Settings of the descent on pixels with Adam; see `paint`.
 
     Attributes:
         batch_size: images painted together; they share the batch statistics that are aligned.
         iterations: steps of each batch.
         lr: Adam's learning rate, in units of normalised pixels.
-        patience: steps without improvement of the total loss before the rate is multiplied by `lr_factor`.
+        schedule: "plateau" multiplies the rate by `lr_factor` after `patience` steps without improvement of the total
+            loss, as the papers do with 1,000 iterations; "cosine" lets it fall to `min_lr` over the iterations, which
+            serves shorter runs better.
         min_lr: where the lowering stops.
         precision: "bfloat16" runs the teacher under autocast: 1.2 to 1.7 times faster, slightly noisier gradients.
     """
@@ -35,6 +38,7 @@ class Descent:
     batch_size: int = 256
     iterations: int = 1000
     lr: float = 0.5
+    schedule: Literal["plateau", "cosine"] = "plateau"
     patience: int = 50
     lr_factor: float = 0.1
     min_lr: float = 1e-4
@@ -44,8 +48,9 @@ class Descent:
         for name in ("batch_size", "iterations", "lr", "patience"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} must be positive; got {getattr(self, name)}.")
-        if self.precision not in ("float32", "bfloat16"):
-            raise UserError(f"precision must be 'float32' or 'bfloat16'; got {self.precision!r}.")
+        for name, allowed in (("precision", ("float32", "bfloat16")), ("schedule", ("plateau", "cosine"))):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
 
 
 @dataclass(frozen=True)
@@ -105,10 +110,15 @@ class Canvas:
         return self._set.finish(self.seed)
 
 
+def cosine(high: float, low: float, done: float) -> float:
+    """The rate after a share `done` of the run, falling from `high` to `low` along half a cosine."""
+    return low + (high - low) * (1 + math.cos(math.pi * done)) / 2
+
+
 def paint(
     start: Tensor, loss: Loss, settings: Descent, generator: torch.Generator, *, journal: Journal, name: str
 ) -> Tensor:
-    """Minimise `loss` over the pixels of `start` (N, C, H, W) with Adam and a rate that drops on plateaus.
+    """Minimise `loss` over the pixels of `start` (N, C, H, W) with Adam and a falling rate.
 
     No clamping and no selection: the last images are returned. With a journal that has a folder the loop saves
     its state now and then, and continues from it to the same bits.
@@ -121,6 +131,7 @@ def paint(
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
         optimizer, factor=settings.lr_factor, patience=settings.patience, min_lr=settings.min_lr
     )
+    falling = settings.schedule == "cosine"
     checkpoint = journal.checkpoint("paint")
     begun = 0
     if (state := checkpoint.load()) and state["name"] == name:
@@ -137,10 +148,13 @@ def paint(
             total = torch.stack([term.float() for term in terms.values()]).sum()
             if not total.isfinite():
                 raise UserError(f"The synthesis loss became {float(total)} at iteration {step} of {name}. Lower lr.")
+            if falling:
+                optimizer.param_groups[0]["lr"] = cosine(settings.lr, settings.min_lr, step / settings.iterations)
             optimizer.zero_grad()
             total.backward()
             optimizer.step()
-            plateau.step(total.detach())
+            if not falling:
+                plateau.step(total.detach())
             advance(
                 step, **{key: float(term.detach()) for key, term in terms.items()}, lr=optimizer.param_groups[0]["lr"]
             )

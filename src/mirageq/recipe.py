@@ -128,21 +128,24 @@ def describe(recipe: Recipe) -> Table:
 
 def settings(kind: type, values: Table, where: str) -> Any:
     """An instance of `kind` from plain values, converted to the types of its constructor."""
-    known = [name for name in inspect.signature(kind).parameters]
+    known = inspect.signature(kind).parameters
     for name in values:
         if name not in known:
             raise UserError(f"{where} has no setting '{name}'; {did_you_mean(name, known)}.")
+    needed = [name for name, parameter in known.items() if parameter.default is parameter.empty]
+    if missing := [name for name in needed if name not in values]:
+        raise UserError(f"{where} needs a value for '{missing[0]}'.")
     if not values:
         return kind()
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, "settings")
-    for name, value in values.items():
+    for name, value in plain.items():
         try:
-            parser.parse_object({"settings": {name: value}})
+            parser.parse_object({"settings": {name: value, **{other: plain[other] for other in needed}}})
         except Exception as error:
-            expected = inspect.signature(kind).parameters[name].annotation
-            raise UserError(f"{where}: '{name}' expects {expected}; got {value!r}.") from error
-    parsed = parser.parse_object({"settings": values}).settings
+            raise UserError(f"{where}: '{name}' expects {known[name].annotation}; got {value!r}.") from error
+    parsed = parser.parse_object({"settings": plain}).settings
     return kind(**{name: parsed[name] for name in values})
 
 

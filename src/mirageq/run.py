@@ -118,7 +118,8 @@ class Run:
     @property
     def choice(self) -> NetworkChoice:
         network = self.record["network"]
-        return settings(NetworkChoice, {key: network[key] for key in NetworkChoice.__annotations__}, "the network")
+        known = {key: network[key] for key in NetworkChoice.__annotations__ if network[key] is not None}
+        return settings(NetworkChoice, known, "the network")
 
     @property
     def recipe(self) -> Recipe:

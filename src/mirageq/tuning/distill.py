@@ -11,7 +11,6 @@ clipped; a divergence guard watches; the last step counts, never the best on a t
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,6 +24,7 @@ from mirageq.errors import UserError
 from mirageq.images import Batch, ImageSource
 from mirageq.journal import Journal
 from mirageq.losses import distillation
+from mirageq.paint import cosine
 from mirageq.quant import Student
 from mirageq.seeding import stream
 from mirageq.teacher import Teacher
@@ -109,7 +109,7 @@ class Distill:
         done = step / self.steps
         rise = min(1.0, (step + 1) / (self.warmup * self.steps)) if self.warmup else 1.0
         if self.schedule == "cosine":
-            return self.lr * rise * (1 + math.cos(math.pi * done)) / 2
+            return rise * cosine(self.lr, 0.0, done)
         passed = sum(done >= milestone for milestone in self.milestones) if self.schedule == "step" else 0
         return self.lr * rise * self.lr_factor**passed
 
