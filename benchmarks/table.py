@@ -56,7 +56,8 @@ def costs(plan: str, rows: list[Row]) -> str:
     scheme, tuner = shown["scheme"], shown["tuner"]
     synthesis = {row["method"]: row["seconds"]["synthesize"] for row in rows}
     return (
-        f"Recipe: {shown['images']} images, {shown['calibration_images']} for the ranges; `{scheme['placement']}` placement, "
+        f"Recipe: {shown['images']} images, {shown['calibration_images']} for the ranges; `{scheme['placement']}` "
+        f"placement, "
         f"weights `{scheme['weight_range']}`, activations `{scheme['activation_range']}`; {tuner['steps']} updates of "
         f"{tuner['batch_size']}, {tuner['optimizer']} {tuner['lr']:g}. Images took "
         + ", ".join(f"{seconds:.0f} s ({method})" for method, seconds in synthesis.items())
