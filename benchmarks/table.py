@@ -58,8 +58,8 @@ def costs(plan: str, rows: list[Row]) -> str:
     return (
         f"Recipe: {shown['images']} images, {shown['calibration_images']} for the ranges; `{scheme['placement']}` "
         f"placement, "
-        f"weights `{scheme['weight_range']}`, activations `{scheme['activation_range']}`; {tuner['steps']} updates of "
-        f"{tuner['batch_size']}, {tuner['optimizer']} {tuner['lr']:g}. Images took "
+        f"weights `{scheme['weight_range']}`, activations `{scheme['activation_range']}`; "
+        f"{tuner['steps']} updates of {tuner['batch_size']}, {tuner['optimizer']} {tuner['lr']:g}. Images took "
         + ", ".join(f"{seconds:.0f} s ({method})" for method, seconds in synthesis.items())
         + f" on one CPU core, tuning {statistics.mean(row['seconds']['tune'] for row in rows):.0f} s; peak memory "
         f"{max(row['peak_memory_bytes'] for row in rows) / 2**30:.1f} GiB. Binomial error of one figure: ± "
