@@ -24,6 +24,7 @@ from mirageq import recipe
 from mirageq.data import open_images
 from mirageq.evaluate import accuracy
 from mirageq.images import SyntheticSet
+from mirageq.journal import Journal
 from mirageq.run import NetworkChoice, Run, load_teacher
 
 HERE = Path(__file__).resolve().parent
@@ -45,7 +46,7 @@ def main() -> None:
     for cell in cells(plan):
         if cell["label"] not in done and all(text in cell["label"] for text in options.only):
             console.rule(cell["label"])
-            row = compute(plan, cell, options.work / options.plan.stem)
+            row = compute(plan, cell, options.work / plan.get("images_of", options.plan.stem))
             with results.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             console.print(
@@ -54,8 +55,9 @@ def main() -> None:
 
 
 def cells(plan: recipe.Table) -> list[recipe.Table]:
-    """Every combination; `label` names it."""
-    return [
+    """Every combination; `label` names it. A plan's `variants` are named lists of settings for the same images."""
+    variants = plan.get("variants", {"": []})
+    combinations = [
         {
             "network": network,
             "method": method,
@@ -67,6 +69,11 @@ def cells(plan: recipe.Table) -> list[recipe.Table]:
         for seed in plan["seeds"]
         for method in plan["methods"]
         for bits in plan["bits"]
+    ]
+    return [
+        {**cell, "variant": name, "label": f"{cell['label']} {name}".strip()}
+        for cell in combinations
+        for name in variants
     ]
 
 
@@ -82,7 +89,8 @@ def compute(plan: recipe.Table, cell: recipe.Table, work: Path) -> recipe.Table:
     synthesis = json.loads((images / "seconds.json").read_text())
     stored = {"name": "mirageq.methods.stored:Stored", "path": str(images / "synthetic.safetensors")}
     with tempfile.TemporaryDirectory() as folder:
-        run = Run.create(Path(folder) / "run", choice, recipe.build({**table, "method": stored}), cell["seed"], teacher)
+        table = recipe.assign({**table, "method": stored}, plan.get("variants", {}).get(cell["variant"], []))
+        run = Run.create(Path(folder) / "run", choice, recipe.build(table), cell["seed"], teacher)
         result = run.execute(teacher, console)
         record = run.record
     data = open_images(DATA / plan["data"], teacher.image_shape)
@@ -94,7 +102,7 @@ def compute(plan: recipe.Table, cell: recipe.Table, work: Path) -> recipe.Table:
         "top5": tuned.top5,
         "standard_error": tuned.standard_error,
         "count": tuned.count,
-        "recipe": {**recipe.describe(recipe.build(table))},
+        "recipe": {**recipe.describe(recipe.build(table)), "method": method_table(plan, cell["method"])},
         "network_sha256": record["network"]["sha256"],
         "images_sha256": record["images"]["sha256"],
         "versions": record["versions"],
@@ -114,8 +122,6 @@ def full_precision(data: str, choice: NetworkChoice) -> float:
 
 def paint(table: recipe.Table, folder: Path, choice: NetworkChoice, seed: int, teacher) -> None:
     """Make the images of a (network, method, seed) once, resuming what an interrupted call left."""
-    from mirageq.journal import Journal
-
     folder.mkdir(parents=True, exist_ok=True)
     wanted, started = recipe.build(table), time.perf_counter()
     source = wanted.method.synthesize(teacher, wanted.images, seed=seed, journal=Journal(folder, console))

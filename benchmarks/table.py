@@ -22,7 +22,7 @@ def main() -> None:
 
 
 def table(rows: list[Row]) -> str:
-    """Networks x methods against bits: top-1, its drop from full precision, and its spread over seeds."""
+    """Networks x methods (or variants) against bits: top-1, its drop from full precision, its spread over seeds."""
     bits = list(dict.fromkeys(row["bits"] for row in rows))
     lines = [
         "| network | images from | " + " | ".join(f"{name} top-1 | drop" for name in bits) + " |",
@@ -34,10 +34,14 @@ def table(rows: list[Row]) -> str:
         lines.append(
             f"| {network} | (full precision, {count:,} images) | " + " | ".join([f"{full:.2f} | "] * len(bits)) + " |"
         )
-        for method in dict.fromkeys(row["method"] for row in ours):
-            cells = [cell([r for r in ours if r["method"] == method and r["bits"] == name], full) for name in bits]
-            lines.append(f"| {network} | {method} | " + " | ".join(cells) + " |")
+        for source in dict.fromkeys(source_of(row) for row in ours):
+            cells = [cell([r for r in ours if source_of(r) == source and r["bits"] == name], full) for name in bits]
+            lines.append(f"| {network} | {source} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def source_of(row: Row) -> str:
+    return f"{row['method']} {row.get('variant', '')}".strip()
 
 
 def cell(rows: list[Row], full: float) -> str:
@@ -63,7 +67,7 @@ def costs(plan: str, rows: list[Row]) -> str:
         + ", ".join(f"{seconds:.0f} s ({method})" for method, seconds in synthesis.items())
         + f" on one CPU core, tuning {statistics.mean(row['seconds']['tune'] for row in rows):.0f} s; peak memory "
         f"{max(row['peak_memory_bytes'] for row in rows) / 2**30:.1f} GiB. Binomial error of one figure: ± "
-        f"{max(row['standard_error'] for row in rows):.2f}. Every row: `python benchmarks/rows.py benchmarks/{plan}.toml`."
+        f"{max(row['standard_error'] for row in rows):.2f}. Command: `python benchmarks/rows.py benchmarks/{plan}.toml`."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import matplotlib
@@ -76,10 +77,12 @@ def loss_curves(history: Path, path: Path) -> None:
 def _draw(axis: plt.Axes, title: str, stages: dict[str, dict[str, list[tuple[int, float]]]]) -> None:
     names = sorted({name for terms in stages.values() for name in terms if name != "lr"})
     for color, name in enumerate(names):
-        for index, terms in enumerate(stages.values()):
-            points = [(step, value) for step, value in terms.get(name, []) if value > 0]
-            if points:
-                axis.plot(*zip(*points, strict=True), color=f"C{color}", lw=1, alpha=0.8, label=None if index else name)
+        label: str | None = name
+        for terms in stages.values():
+            points = [(step, value if value > 0 else math.nan) for step, value in terms.get(name, [])]
+            if any(value > 0 for _, value in points):
+                axis.plot(*zip(*points, strict=True), color=f"C{color}", lw=1, alpha=0.8, label=label)
+                label = None  # one entry in the legend for all lines of a term
     axis.set(title=title, xlabel="step", ylabel="weighted loss term", yscale="log")
     axis.grid(alpha=0.3)
     if axis.get_legend_handles_labels()[0]:
