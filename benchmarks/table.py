@@ -59,15 +59,16 @@ def costs(plan: str, rows: list[Row]) -> str:
     shown = recipe.describe(recipe.build({**rows[0]["recipe"], "method": {"name": "noise"}}))
     scheme, tuner = shown["scheme"], shown["tuner"]
     synthesis = {row["method"]: row["seconds"]["synthesize"] for row in rows}
+    painting = ", ".join(f"{seconds:.0f} s ({method})" for method, seconds in synthesis.items())
+    tuning = statistics.mean(row["seconds"]["tune"] for row in rows)
+    memory = max(row["peak_memory_bytes"] for row in rows) / 2**30
     return (
         f"Recipe: {shown['images']} images, {shown['calibration_images']} for the ranges; `{scheme['placement']}` "
-        f"placement, "
-        f"weights `{scheme['weight_range']}`, activations `{scheme['activation_range']}`; "
-        f"{tuner['steps']} updates of {tuner['batch_size']}, {tuner['optimizer']} {tuner['lr']:g}. Images took "
-        + ", ".join(f"{seconds:.0f} s ({method})" for method, seconds in synthesis.items())
-        + f" on one CPU core, tuning {statistics.mean(row['seconds']['tune'] for row in rows):.0f} s; peak memory "
-        f"{max(row['peak_memory_bytes'] for row in rows) / 2**30:.1f} GiB. Binomial error of one figure: ± "
-        f"{max(row['standard_error'] for row in rows):.2f}. Command: `python benchmarks/rows.py benchmarks/{plan}.toml`."
+        f"placement, weights `{scheme['weight_range']}`, activations `{scheme['activation_range']}`; "
+        f"{tuner['steps']} updates of {tuner['batch_size']}, {tuner['optimizer']} {tuner['lr']:g}.\n"
+        f"Cost on one CPU core: images {painting}, tuning {tuning:.0f} s; peak memory {memory:.1f} GiB.\n"
+        f"Binomial error of one figure: ± {max(row['standard_error'] for row in rows):.2f}.\n"
+        f"Command: `python benchmarks/rows.py benchmarks/{plan}.toml`."
     )
 
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import stat
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -132,6 +136,25 @@ def test_an_interruption_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     assert f"Continue with: mirageq quantize --resume {tmp_path / 'run'}" in capsys.readouterr().err
 
 
+def test_ctrl_c_in_a_real_process_continues_to_the_same_bits(tmp_path):
+    command = [sys.executable, "-m", "mirageq", "quantize", *TINY, *QUICK, "--set", "method.iterations=400"]
+    subprocess.run([*command, "--out", str(tmp_path / "whole")], check=True, capture_output=True)
+    out = tmp_path / "broken"
+    process = subprocess.Popen(
+        [*command, "--out", str(out)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    history = out / "history.jsonl"
+    while process.poll() is None and (not history.exists() or len(history.read_text().splitlines()) < 50):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    assert "interrupted. Continue with: mirageq quantize --resume" in process.communicate()[1]
+    assert process.returncode == 130
+    resume = [sys.executable, "-m", "mirageq", "quantize", "--resume", str(out), "--device", "cpu"]
+    subprocess.run(resume, check=True, capture_output=True)
+    for name in ("student.safetensors", "synthetic.safetensors"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
 class Nan(TinyResNet):
     def __init__(self):
         super().__init__()
@@ -163,6 +186,7 @@ SHAPED = ["--image-shape", "3,16,16"]
         ([*TINY, "--bits", "int4"], "int4"),
         ([*TINY, "--recipe", "intraq-cifar"], "did you mean 'intraq-cifar10"),
         ([*TINY, "--checkpoint", "nowhere.safetensors"], "nowhere.safetensors"),
+        *([] if torch.cuda.is_available() else [([*TINY[:-1], "cuda"], "no CUDA device")]),
     ],
 )
 def test_bad_input_gets_a_sentence_exit_code_2_and_leaves_nothing(arguments, message, tmp_path, capsys):

@@ -15,7 +15,7 @@ from rich.table import Table as Grid
 import mirageq
 from mirageq import methods, recipe
 from mirageq.errors import UserError
-from mirageq.run import IMAGES, NetworkChoice, Run, check_folder, load_teacher
+from mirageq.run import IMAGES, RECORD, NetworkChoice, Run, check_folder, load_teacher
 from mirageq.teacher import Teacher
 
 INTERRUPTED = 130
@@ -32,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"mirageq: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        hint = f" Continue with: mirageq quantize --resume {options.out}" if getattr(options, "out", None) else ""
+        out = getattr(options, "out", None)
+        hint = f" Continue with: mirageq quantize --resume {out}" if out and (out / RECORD).exists() else ""
         print(f"\nmirageq: interrupted.{hint}", file=sys.stderr)
         return INTERRUPTED
     return 0
@@ -167,6 +168,8 @@ def _choice(options: argparse.Namespace) -> NetworkChoice:
 def _device(options: argparse.Namespace) -> str:
     if options.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("There is no CUDA device for --device cuda; use --device cpu.")
     return options.device
 
 
