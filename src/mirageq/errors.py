@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Literal, get_args, get_origin, get_type_hints
 
 
 class UserError(Exception):
@@ -23,3 +24,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(word, known, n=1)
     guess = f"did you mean '{near[0]}'? " if near else ""
     return f"{guess}Known: {', '.join(known)}"
+
+
+def check_choices(settings: object) -> None:
+    """Raise a `UserError` if a field of a settings dataclass typed as a `Literal` holds none of its options."""
+    for name, hint in get_type_hints(type(settings)).items():
+        value = getattr(settings, name)
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            raise UserError(f"Unknown {name} {value!r}; {did_you_mean(str(value), get_args(hint))}.")

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mirageq.errors import UserError
+from mirageq.errors import UserError, check_choices
 from mirageq.images import Batch, GrowingSet, SyntheticSet
 from mirageq.journal import Journal
 from mirageq.seeding import stream
@@ -48,9 +48,7 @@ class Descent:
         for name in ("batch_size", "iterations", "lr", "patience"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} must be positive; got {getattr(self, name)}.")
-        for name, allowed in (("precision", ("float32", "bfloat16")), ("schedule", ("plateau", "cosine"))):
-            if getattr(self, name) not in allowed:
-                raise UserError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
+        check_choices(self)
 
 
 @dataclass(frozen=True)

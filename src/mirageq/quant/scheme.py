@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal, get_args, get_type_hints
+from typing import Literal, get_type_hints
 
-from mirageq.errors import UserError, did_you_mean
+from mirageq.errors import UserError, check_choices
 
 FEWEST_BITS, MOST_BITS = 2, 8
 
@@ -57,11 +57,10 @@ class Scheme:
             bits = getattr(self, name)
             if not (name == "first_last_bits" and bits is None):
                 _check_bits(name, bits)
+        check_choices(self)
         for name, hint in get_type_hints(Scheme).items():
             value = getattr(self, name)
-            if get_args(hint) and all(isinstance(option, str) for option in get_args(hint)):
-                _check_choice(name, value, get_args(hint))
-            elif hint in (bool, bool | None) and not isinstance(value, hint):
+            if hint in (bool, bool | None) and not isinstance(value, hint):
                 raise UserError(f"{name} must be one of true or false; got {value!r}.")
         number = isinstance(self.percentile, (int, float)) and not isinstance(self.percentile, bool)
         if not number or not 50 < self.percentile <= 100:
@@ -104,8 +103,3 @@ def parse_bits(text: str) -> tuple[int, int]:
 def _check_bits(name: str, bits: object) -> None:
     if not isinstance(bits, int) or isinstance(bits, bool) or not FEWEST_BITS <= bits <= MOST_BITS:
         raise UserError(f"{name} must be a whole number from {FEWEST_BITS} to {MOST_BITS}; got {bits!r}.")
-
-
-def _check_choice(name: str, value: object, options: tuple[str, ...]) -> None:
-    if value not in options:
-        raise UserError(f"Unknown {name} {value!r}; {did_you_mean(str(value), options)}.")

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mirageq.augment import random_resized_crop
-from mirageq.errors import UserError
+from mirageq.errors import UserError, check_choices
 from mirageq.images import Batch, ImageSource
 from mirageq.journal import Journal
 from mirageq.losses import distillation
@@ -69,9 +69,7 @@ class Distill:
     crop_scale: float = 0.5
 
     def __post_init__(self) -> None:
-        for name, allowed in (("optimizer", ("sgd", "adam")), ("schedule", ("cosine", "step", "constant"))):
-            if getattr(self, name) not in allowed:
-                raise UserError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
+        check_choices(self)
         if self.steps < 0 or self.batch_size < 1 or self.lr <= 0 or self.temperature <= 0:
             raise UserError(
                 "Tuning needs steps >= 0, batch_size >= 1, lr > 0 and temperature > 0; got "
