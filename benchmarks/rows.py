@@ -80,7 +80,7 @@ def cells(plan: recipe.Table) -> list[recipe.Table]:
 def compute(plan: recipe.Table, cell: recipe.Table, work: Path) -> recipe.Table:
     choice = NetworkChoice(name=f"py:{HERE / 'networks.py'}:{cell['network']}")
     teacher = load_teacher(choice)
-    table = {**recipe.read(str(HERE / plan["recipe"])), "method": method_table(plan, cell["method"])}
+    table = {**recipe.read(plan["recipe"]), "method": method_table(plan, cell["method"])}
     table = recipe.set_bits(table, cell["bits"])
     images = work / f"{cell['network']}-{cell['method']}-seed{cell['seed']}"
     started = time.perf_counter()
