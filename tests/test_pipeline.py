@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mirageq import Distill, IntraQ, Noise, Scheme, Teacher, UserError, agreement, quantize
+from mirageq.testing import CLASSES, SHAPE, TinyResNet
+
+SMALL = {"images": 32, "calibration_images": 32, "tuner": Distill(steps=20, batch_size=8, kd_weight=1.0, ce_weight=0.0)}
+
+
+def test_from_model_to_tuned_student():
+    model = TinyResNet()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    result = quantize(
+        model,
+        IntraQ(iterations=10, batch_size=16),
+        image_shape=SHAPE,
+        scheme=Scheme(weight_bits=8, activation_bits=8, placement="deploy"),
+        **SMALL,
+    )
+    images = result.source.sample(32).images
+    assert result.student(images).shape == (32, CLASSES)
+    assert agreement(result.student, result.teacher, images) > 90
+    assert set(result.seconds) == {"synthesize", "calibrate", "tune"}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_seed_decides_everything():
+    teacher = Teacher.wrap(TinyResNet(), SHAPE)
+    images = torch.randn(8, *SHAPE)
+    first, again, other = (
+        quantize(teacher, IntraQ(iterations=4, batch_size=16), seed=seed, **SMALL).student(images) for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_more_bits_answer_more_like_the_teacher():
+    teacher = Teacher.wrap(TinyResNet(), SHAPE)
+    images = torch.randn(64, *SHAPE)
+    errors = []
+    for bits in (2, 4, 8):
+        scheme = Scheme(weight_bits=bits, activation_bits=bits, weight_range="mse", activation_range="mse")
+        student = quantize(teacher, Noise(), scheme=scheme, **{**SMALL, "tuner": Distill(steps=0)}).student
+        errors.append((student(images) - teacher(images)).square().mean().item())
+    assert errors[0] > 4 * errors[1] > 16 * errors[2]
+
+
+def test_what_is_missing_is_told():
+    with pytest.raises(UserError, match="Give image_shape"):
+        quantize(TinyResNet(), Noise())
+    with pytest.raises(UserError, match="calibration_images must be positive; got 0"):
+        quantize(TinyResNet(), Noise(), image_shape=SHAPE, images=4, calibration_images=0)
+    with pytest.raises(UserError, match="number of images to synthesise must be positive; got 0"):
+        quantize(TinyResNet(), IntraQ(), image_shape=SHAPE, images=0)

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import json
+
+import matplotlib.image
+import pytest
+import torch
+
+from mirageq.images import Batch
+from mirageq.report import contact_sheet, loss_curves, to_pixels
+
+
+def test_pixels_undo_the_normalisation_and_stay_in_range():
+    pixels = torch.rand(4, 3, 5, 5)
+    mean, std = (0.4, 0.5, 0.6), (0.1, 0.2, 0.3)
+    images = (pixels - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
+    torch.testing.assert_close(to_pixels(images, mean, std), pixels)
+    assert to_pixels(images * 100, mean, std).aminmax() == (0, 1)
+    assert to_pixels(images, None, None).aminmax() == (0, 1)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_contact_sheet_has_a_row_a_class(tmp_path, channels):
+    batch = Batch(torch.randn(20, channels, 8, 8), torch.arange(20) % 4)
+    heights = []
+    for classes in (1, 4):
+        contact_sheet(batch, tmp_path / "sheet.png", mean=None, std=None, classes=classes)
+        heights.append(matplotlib.image.imread(tmp_path / "sheet.png").shape[0])
+    assert heights[1] > 2 * heights[0]
+
+
+def test_curves_are_drawn_from_a_history_with_zeros_and_notes(tmp_path):
+    rows = [{"stage": "images 0-3", "step": step, "bn": 1 / (step + 1), "margin": 0.0, "lr": 0.1} for step in range(5)]
+    rows += [{"stage": "note", "step": 5, "text": "hello"}, {"stage": "tune", "step": 0, "kd": 2.0, "lr": 1.0}]
+    (tmp_path / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    loss_curves(tmp_path / "history.jsonl", tmp_path / "curves.png")
+    assert matplotlib.image.imread(tmp_path / "curves.png").shape[1] > 1000, "two panels"
+    (tmp_path / "history.jsonl").write_text("")
+    loss_curves(tmp_path / "history.jsonl", tmp_path / "empty.png")
+    assert (tmp_path / "empty.png").exists()
