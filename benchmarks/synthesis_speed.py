@@ -1,7 +1,7 @@
 """What a synthesis step costs, and what two choices save: python benchmarks/synthesis_speed.py [NETWORK]
 
 Compares, in turn and as ratios within one run: batch statistics by `losses.channel_statistics` against
-`torch.var_mean`, and the whole step in float32 against bfloat16 autocast. NETWORK is a name of `benchmarks/networks.py`.
+`torch.var_mean`, and the whole step in float32 against bfloat16 autocast. NETWORK: a name in `benchmarks/networks.py`.
 """
 
 from __future__ import annotations
