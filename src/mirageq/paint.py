@@ -32,6 +32,8 @@ class Descent:
             loss, as the papers do with 1,000 iterations; "cosine" lets it fall to `min_lr` over the iterations, which
             serves shorter runs better.
         min_lr: where the lowering stops.
+        clamp: keep pixels in the range that real ones have; the teacher's normalisation must be known. Not in the
+            papers; it matters where the image itself is quantized, because its range then fits real images.
         precision: "bfloat16" runs the teacher under autocast: 1.2 to 1.7 times faster, slightly noisier gradients.
     """
 
@@ -42,6 +44,7 @@ class Descent:
     patience: int = 50
     lr_factor: float = 0.1
     min_lr: float = 1e-4
+    clamp: bool = False
     precision: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
@@ -75,6 +78,7 @@ class Canvas:
     def __init__(self, teacher: Teacher, count: int, settings: Descent, seed: int, journal: Journal) -> None:
         if count < 1:
             raise UserError(f"The number of images to synthesise must be positive; got {count}.")
+        self._range = teacher.pixel_range() if settings.clamp else None
         self.teacher, self.settings, self.seed, self.journal = teacher, settings, seed, journal
         path = journal.folder / "synthetic.safetensors" if journal.folder else None
         self._set = GrowingSet(count, teacher.image_shape, path)
@@ -97,6 +101,7 @@ class Canvas:
                 loss,
                 self.settings,
                 part.stream("loss"),
+                pixel_range=self._range,
                 journal=self.journal,
                 name=f"images {part.start}-{part.stop - 1}",
             )
@@ -114,12 +119,19 @@ def cosine(high: float, low: float, done: float) -> float:
 
 
 def paint(
-    start: Tensor, loss: Loss, settings: Descent, generator: torch.Generator, *, journal: Journal, name: str
+    start: Tensor,
+    loss: Loss,
+    settings: Descent,
+    generator: torch.Generator,
+    *,
+    pixel_range: tuple[Tensor, Tensor] | None = None,
+    journal: Journal,
+    name: str,
 ) -> Tensor:
     """Minimise `loss` over the pixels of `start` (N, C, H, W) with Adam and a falling rate.
 
-    No clamping and no selection: the last images are returned. With a journal that has a folder the loop saves
-    its state now and then, and continues from it to the same bits.
+    No selection: the last images are returned. Pixels are projected into `pixel_range` after each step, if given. With
+    a journal that has a folder the loop saves its state now and then, and continues from it to the same bits.
 
     Raises:
         UserError: the loss became NaN or infinite.
@@ -145,12 +157,16 @@ def paint(
                 terms = loss(images, generator)
             total = torch.stack([term.float() for term in terms.values()]).sum()
             if not total.isfinite():
-                raise UserError(f"The synthesis loss became {float(total)} at iteration {step} of {name}. Lower lr.")
+                raise UserError(
+                    f"The synthesis loss became {float(total.detach())} at iteration {step} of {name}. Lower lr."
+                )
             if falling:
                 optimizer.param_groups[0]["lr"] = cosine(settings.lr, settings.min_lr, step / settings.iterations)
             optimizer.zero_grad()
             total.backward()
             optimizer.step()
+            if pixel_range:
+                images.data.clamp_(*pixel_range)
             if not falling:
                 plateau.step(total.detach())
             advance(

@@ -91,6 +91,17 @@ class Teacher:
                 "Use a network trained with BatchNorm, before its norms are folded away, or the method 'noise'."
             )
 
+    def pixel_range(self) -> tuple[Tensor, Tensor]:
+        """What pixels of 0 and of 1 are once normalised, each (C, 1, 1).
+
+        Raises:
+            UserError: the normalisation is unknown.
+        """
+        if self.mean is None or self.std is None:
+            raise UserError("The range of pixels follows from the network's normalisation; give its mean and std.")
+        mean, std = (torch.tensor(values, device=self.device).view(-1, 1, 1) for values in (self.mean, self.std))
+        return -mean / std, (1 - mean) / std
+
     def pseudo_labels(self, images: Tensor) -> Tensor:
         """The classes (N,) this network assigns to images, for methods that assign none themselves."""
         with torch.no_grad():

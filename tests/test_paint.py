@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mirageq import IntraQ, Teacher, UserError, ZeroQ
+from mirageq.journal import Journal
+from mirageq.paint import Descent, cosine, paint
+from mirageq.testing import SHAPE, TinyResNet
+
+TARGET = torch.linspace(-1, 1, 3 * 4 * 4).view(1, 3, 4, 4)
+
+
+def towards_target(images, generator):
+    return {"distance": (images - TARGET).square().mean()}
+
+
+def painted(journal=None, **settings):
+    start = torch.zeros(2, 3, 4, 4)
+    journal = journal or Journal()
+    return paint(start, towards_target, Descent(**settings), torch.Generator(), journal=journal, name="images")
+
+
+@pytest.mark.parametrize("schedule", ["plateau", "cosine"])
+def test_the_descent_reaches_a_simple_target(schedule):
+    images = painted(iterations=200, lr=0.1, schedule=schedule)
+    torch.testing.assert_close(images, TARGET.expand(2, -1, -1, -1), atol=0.05, rtol=0)
+
+
+def test_rates_fall_as_their_schedule_says():
+    flat, falling = Journal(), Journal()
+    painted(flat, iterations=40, lr=1e-9, patience=5, min_lr=1e-12)
+    painted(falling, iterations=40, lr=0.1, schedule="cosine", min_lr=0.01)
+    rates = [row["lr"] for row in falling.history]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[20] == pytest.approx(cosine(0.1, 0.01, 0.5)) == pytest.approx(0.055)
+    assert flat.history[0]["lr"] == 1e-9
+
+
+def test_clamped_images_are_pixels_that_exist():
+    teacher = Teacher.wrap(TinyResNet(), SHAPE, mean=(0.5, 0.4, 0.3), std=(0.5, 0.5, 0.25))
+    low, high = teacher.pixel_range()
+    free, clamped = (
+        IntraQ(iterations=5, batch_size=8, clamp=clamp).synthesize(teacher, 8).sample(8).images
+        for clamp in (False, True)
+    )
+    assert (free > high + 0.1).any()
+    assert (clamped >= low - 1e-3).all()
+    assert (clamped <= high + 1e-3).all()
+
+
+def test_clamping_needs_the_normalisation():
+    with pytest.raises(UserError, match="range of pixels follows from the network's normalisation"):
+        ZeroQ(clamp=True).synthesize(Teacher.wrap(TinyResNet(), SHAPE), 4)
+
+
+def test_a_loss_that_is_not_finite_is_told():
+    with pytest.raises(UserError, match="loss became nan at iteration 0 of images. Lower lr"):
+        paint(
+            torch.zeros(1, 3, 4, 4),
+            lambda images, generator: {"bad": images.sum() * float("nan")},
+            Descent(iterations=3),
+            torch.Generator(),
+            journal=Journal(),
+            name="images",
+        )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"iterations": 0}, "iterations must be positive; got 0"),
+        ({"batch_size": -1}, "batch_size must be positive"),
+        ({"precision": "float16"}, "Unknown precision 'float16'; did you mean 'bfloat16'"),
+        ({"schedule": "cosin"}, "Unknown schedule 'cosin'; did you mean 'cosine'"),
+    ],
+)
+def test_settings_that_make_no_sense_are_told(settings, message):
+    with pytest.raises(UserError, match=message):
+        Descent(**settings)
