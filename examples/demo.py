@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from mirageq import Journal, Noise, agreement, quantize, recipe
+from mirageq import Journal, Noise, Recipe, agreement, quantize, recipe
 from mirageq.pipeline import calibrate
 from mirageq.quant import convert
 from mirageq.report import contact_sheet, loss_curves
@@ -29,17 +29,17 @@ def free_folder(wanted: Path) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     out = free_folder(parser.parse_args().out)
-    console = Console()
+    compare(NetworkChoice(name="demo:efficientnet-lite0"), recipe.build(recipe.read("demo")), out, Console())
 
-    choice = NetworkChoice(name="demo:efficientnet-lite0")
+
+def compare(choice: NetworkChoice, wanted: Recipe, out: Path, console: Console) -> dict[str, float]:
+    """Run the recipe and its two controls; print the table and return its agreements in percent."""
     teacher = load_teacher(choice)
-    wanted = recipe.build(recipe.read("demo"))
-    console.print(
-        f"\n[bold]1. The recipe[/] on {choice.name}: {wanted.images} images, {wanted.scheme.bits}, into {out}"
-    )
+    bits = wanted.scheme.bits
+    console.print(f"\n[bold]1. The recipe[/] on {choice.name}: {wanted.images} images, {bits}, into {out}")
     run = Run.create(out, choice, wanted, seed=0, teacher=teacher)
     result = run.execute(teacher, console)
     assert result is not None
@@ -65,14 +65,11 @@ def main() -> None:
     table = Table(title=f"agreement with full precision on {HELD_OUT} held-out synthetic images", title_justify="left")
     for column in ("model", "bits", "parameters", "agreement"):
         table.add_column(column, justify="left" if column == "model" else "right")
-    table.add_row("full precision", "32", f"{size.fp32_bytes / 1e6:.1f} MB", "100.0 %")
-    for name, student in (
-        ("IntraQ, tuned", result.student),
-        ("IntraQ, not tuned", untuned.student),
-        ("noise, tuned", noise.student),
-    ):
-        share = agreement(student, teacher, held_out)
-        table.add_row(name, wanted.scheme.bits, f"{size.total_bytes / 1e6:.1f} MB", f"{share:.1f} %")
+    table.add_row("full precision", "w32a32", f"{size.fp32_bytes / 1e6:.1f} MB", "100.0 %")
+    students = {"IntraQ, tuned": result.student, "IntraQ, not tuned": untuned, "noise, tuned": noise}
+    shares = {name: agreement(student, teacher, held_out) for name, student in students.items()}
+    for name, share in shares.items():
+        table.add_row(name, bits, f"{size.total_bytes / 1e6:.1f} MB", f"{share:.1f} %")
     console.print()
     console.print(table)
 
@@ -81,6 +78,7 @@ def main() -> None:
     console.print(
         f"\nThe run is in {out}: images.png shows the images, curves.png the losses, run.json tells everything."
     )
+    return shares
 
 
 if __name__ == "__main__":

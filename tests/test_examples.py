@@ -1,26 +1,47 @@
-"""The example of an outside method passes the same conformance checks as the methods inside."""
+"""The demo on a tiny network, and the outside method under the same conformance checks as the methods inside."""
 
 from __future__ import annotations
 
 import importlib.util
+import io
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from mirageq.testing import METHOD_CHECKS
+from mirageq import recipe
+from mirageq.run import NetworkChoice
+from mirageq.testing import METHOD_CHECKS, SHAPE
+
+
+def example(name):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).resolve().parents[1] / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def own_method():
-    path = Path(__file__).resolve().parents[1] / "examples" / "own_method.py"
-    spec = importlib.util.spec_from_file_location("own_method", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["own_method"] = module
-    spec.loader.exec_module(module)
-    return module
+    return example("own_method")
 
 
 @pytest.mark.parametrize("check", METHOD_CHECKS, ids=lambda check: check.__name__)
 def test_own_method(check, own_method, tmp_path):
     check(own_method.SmoothNoise(), tmp_path)
+
+
+def test_the_demo_compares_three_models_and_writes_a_run(tmp_path):
+    demo, screen = example("demo"), io.StringIO()
+    quick = ["images=16", "calibration_images=16", "method.iterations=3", "tuner.steps=3"]
+    wanted = recipe.build(recipe.assign(recipe.read("demo"), quick))
+    choice = NetworkChoice(name="py:mirageq.testing:TinyResNet", image_shape=SHAPE)
+    shares = demo.compare(choice, wanted, tmp_path / "demo", Console(file=screen, width=120))
+    assert set(shares) == {"IntraQ, tuned", "IntraQ, not tuned", "noise, tuned"}
+    assert all(0 <= share <= 100 for share in shares.values())
+    for name, share in shares.items():
+        assert f"{share:.1f} %" in next(line for line in screen.getvalue().splitlines() if name in line)
+    assert {"run.json", "images.png", "curves.png"} <= {path.name for path in (tmp_path / "demo").iterdir()}
+    assert demo.free_folder(tmp_path / "demo") == tmp_path / "demo-2"
