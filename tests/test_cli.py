@@ -10,9 +10,11 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.export import Dim, export
 
 from mirageq import cli
 from mirageq.run import Run
@@ -81,6 +83,24 @@ def test_the_images_of_a_run_serve_another_bit_width(finished, tmp_path):
     assert cli.main([*arguments, "--set", "images=16", "--set", "tuner.steps=0"]) == 0
     ours, theirs = (load_file(folder / "synthetic.safetensors")["images"] for folder in (finished, tmp_path / "run"))
     assert torch.equal(ours, theirs)
+
+
+def test_an_exported_file_is_quantized_and_evaluated(tmp_path, capsys):
+    net = tmp_path / "net.pt2"
+    torch.export.save(export(TinyResNet(), (torch.zeros(2, *SHAPE),), dynamic_shapes=({0: Dim("n")},)), net)
+    out = tmp_path / "run"
+    assert cli.main(["quantize", str(net), *QUICK, "--method", "zeroq", "--bits", "w8a8", "--out", str(out)]) == 0
+    images = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), np.uint8)
+    np.savez(tmp_path / "test.npz", images=images, labels=np.arange(20) % 5)
+    capsys.readouterr()
+    evaluate = ["evaluate", str(out), "--data", str(tmp_path / "test.npz")]
+    assert cli.main(evaluate) == 2
+    assert "give --mean and --std" in capsys.readouterr().err
+    assert cli.main([*evaluate, "--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25"]) == 0
+    printed = capsys.readouterr().out
+    assert "full precision: " in printed
+    assert "w8a8 zeroq: " in printed
+    assert "20 images" in printed
 
 
 def test_synthesize_makes_images_only(tmp_path, capsys):

@@ -19,6 +19,7 @@ from mirageq.run import IMAGES, RECORD, NetworkChoice, Run, check_folder, load_t
 from mirageq.teacher import Teacher
 
 INTERRUPTED = 130
+SHOWN = 1000  # images looked through for the contact sheet
 
 console = Console()
 
@@ -116,7 +117,7 @@ def _show(options: argparse.Namespace) -> None:
     _summary(run)
     network = run.choice.load()
     sheet, curves = run.folder / "images.png", run.folder / "curves.png"
-    contact_sheet(run.images().sample(100_000), sheet, mean=network.mean, std=network.std)
+    contact_sheet(run.images().sample(SHOWN), sheet, mean=network.mean, std=network.std)
     loss_curves(run.folder / "history.jsonl", curves)
     print(f"wrote {sheet}\nwrote {curves}")
 
