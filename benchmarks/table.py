@@ -18,6 +18,7 @@ def main() -> None:
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         intro = (HERE / "results" / f"{path.stem}.md").read_text()
         parts.append(f"{intro}\n{table(rows)}\n\n{costs(path.stem, rows)}\n")
+    parts.append((HERE / "results" / "TAIL.md").read_text())
     (HERE / "RESULTS.md").write_text("\n".join(parts))
 
 
@@ -60,13 +61,14 @@ def costs(plan: str, rows: list[Row]) -> str:
     scheme, tuner = shown["scheme"], shown["tuner"]
     synthesis = {row["method"]: row["seconds"]["synthesize"] for row in rows}
     painting = ", ".join(f"{seconds:.0f} s ({method})" for method, seconds in synthesis.items())
+    updates = " or ".join(str(steps) for steps in sorted({row["recipe"]["tuner"]["steps"] for row in rows}))
     tuning = statistics.mean(row["seconds"]["tune"] for row in rows)
     memory = max(row["peak_memory_bytes"] for row in rows) / 2**30
     return (
         f"Recipe: {shown['images']} images, {shown['calibration_images']} for the ranges; `{scheme['placement']}` "
         f"placement, weights `{scheme['weight_range']}`, activations `{scheme['activation_range']}`; "
-        f"{tuner['steps']} updates of {tuner['batch_size']}, {tuner['optimizer']} {tuner['lr']:g}.\n"
-        f"Cost on one CPU core: images {painting}, tuning {tuning:.0f} s; peak memory {memory:.1f} GiB.\n"
+        f"{tuner['batch_size']} images an update, {updates} updates, {tuner['optimizer']} {tuner['lr']:g}.\n"
+        f"Wall time on one core of a busy machine: images {painting}, tuning {tuning:.0f} s; peak memory {memory:.1f} GiB.\n"
         f"Binomial error of one figure: ± {max(row['standard_error'] for row in rows):.2f}.\n"
         f"Command: `python benchmarks/rows.py benchmarks/{plan}.toml`."
     )
