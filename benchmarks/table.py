@@ -68,7 +68,8 @@ def costs(plan: str, rows: list[Row]) -> str:
         f"Recipe: {shown['images']} images, {shown['calibration_images']} for the ranges; `{scheme['placement']}` "
         f"placement, weights `{scheme['weight_range']}`, activations `{scheme['activation_range']}`; "
         f"{tuner['batch_size']} images an update, {updates} updates, {tuner['optimizer']} {tuner['lr']:g}.\n"
-        f"Wall time on one core of a busy machine: images {painting}, tuning {tuning:.0f} s; peak memory {memory:.1f} GiB.\n"
+        f"Wall time on one core of a busy machine: images {painting}, tuning {tuning:.0f} s.\n"
+        f"Peak memory {memory:.1f} GiB. "
         f"Binomial error of one figure: ± {max(row['standard_error'] for row in rows):.2f}.\n"
         f"Command: `python benchmarks/rows.py benchmarks/{plan}.toml`."
     )
