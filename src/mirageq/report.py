@@ -33,25 +33,22 @@ def contact_sheet(
     *,
     mean: tuple[float, ...] | None,
     std: tuple[float, ...] | None,
-    classes: int = 10,
+    rows: int = 10,
     per_class: int = 8,
 ) -> None:
-    """Write a PNG with one row a class: the first `classes` classes that occur, `per_class` images of each."""
-    pixels = to_pixels(batch.images, mean, std)
-    present = batch.labels.unique()[:classes].tolist()
-    size = 1.0 if pixels.shape[-1] < 100 else 1.6
-    figure, axes = plt.subplots(
-        len(present), per_class, figsize=(per_class * size + 1, len(present) * size), squeeze=False
-    )
-    for row, label in zip(axes, present, strict=True):
-        chosen = pixels[batch.labels == label][:per_class]
-        for axis, image in zip(row, chosen, strict=False):
-            axis.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray" if image.shape[0] == 1 else None)
-        for axis in row:
-            axis.set_xticks([])
-            axis.set_yticks([])
-            axis.spines[:].set_visible(False)
-        row[0].set_ylabel(f"class {label}", rotation=0, ha="right", va="center", fontsize=9)
+    """Write a PNG of at most `rows` x `per_class` images in the order of their classes, at most `per_class` of each."""
+    chosen: list[int] = []
+    for label in batch.labels.unique().tolist():
+        chosen += (batch.labels == label).nonzero().flatten()[:per_class].tolist()
+    chosen = chosen[: rows * per_class]
+    pixels = to_pixels(batch.images[chosen], mean, std)
+    lines, size = -(-len(chosen) // per_class), 1.1 if pixels.shape[-1] < 100 else 1.6
+    figure, axes = plt.subplots(lines, per_class, figsize=(per_class * size, lines * (size + 0.2)), squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, image, label in zip(axes.flat, pixels, batch.labels[chosen].tolist(), strict=False):
+        axis.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray" if image.shape[0] == 1 else None)
+        axis.set_title(f"class {label}", fontsize=7, pad=2)
     figure.tight_layout(pad=0.3)
     figure.savefig(path, dpi=110)
     plt.close(figure)
