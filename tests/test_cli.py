@@ -161,7 +161,11 @@ def test_ctrl_c_in_a_real_process_continues_to_the_same_bits(tmp_path):
     subprocess.run([*command, "--out", str(tmp_path / "whole")], check=True, capture_output=True)
     out = tmp_path / "broken"
     process = subprocess.Popen(
-        [*command, "--out", str(out)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        [*command, "--out", str(out)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell hands it down ignored
     )
     history = out / "history.jsonl"
     while process.poll() is None and (not history.exists() or len(history.read_text().splitlines()) < 50):
