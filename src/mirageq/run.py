@@ -202,7 +202,8 @@ class Run:
     def _finish(self, source: ImageSource, seconds: dict[str, float], student: Student | None) -> None:
         if not (self.folder / IMAGES).exists():
             SyntheticSet(*source.sample(self.recipe.images)).save(self.folder / IMAGES)
-        self.record["images"] = {"count": len(self.images()), "sha256": self.images().digest()}
+        images = self.images()
+        self.record["images"] = {"count": len(images), "sha256": images.digest()}
         if student is not None:
             state = {name: tensor.contiguous().clone() for name, tensor in student.state_dict().items()}
             save_file(state, self.folder / STUDENT)
