@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from mirageq.losses import bn_alignment, channel_statistics, distillation
-from mirageq.methods.intraq import marginal_distance, soft_inception, soft_targets
+from mirageq.losses import bn_alignment, channel_statistics, distillation, marginal_distance
+from mirageq.methods.intraq import soft_inception, soft_targets
 from mirageq.methods.zeroq import deviation_alignment
 from mirageq.observe import Observation
 from mirageq.teacher import BatchNormStatistics

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +13,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as Grid
 
-import mirageq
 from mirageq import methods, recipe
+from mirageq.arguments import parser
+from mirageq.compare import PROTOCOL, Comparison, Plan, Row, joined
 from mirageq.errors import UserError
+from mirageq.images import Batch
+from mirageq.methods import METHODS
+from mirageq.protocol import Protocol
 from mirageq.run import IMAGES, RECORD, NetworkChoice, Run, check_folder, load_teacher
+from mirageq.tables import page, summary
 from mirageq.teacher import Teacher
 
 INTERRUPTED = 130
@@ -26,18 +32,25 @@ console = Console()
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 done, 2 a user's error, 130 interrupted."""
-    options = _parser().parse_args(arguments)
+    options = parser(COMMANDS).parse_args(arguments)
     try:
         options.command(options)
     except UserError as error:
         print(f"mirageq: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        out = getattr(options, "out", None)
-        hint = f" Continue with: mirageq quantize --resume {out}" if out and (out / RECORD).exists() else ""
-        print(f"\nmirageq: interrupted.{hint}", file=sys.stderr)
+        print(f"\nmirageq: interrupted. {_how_to_continue(options)}", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _how_to_continue(options: argparse.Namespace) -> str:
+    out = getattr(options, "out", None)
+    if out and (out / RECORD).exists():
+        return f"Continue with: mirageq quantize --resume {out}"
+    if out and (out / PROTOCOL).exists():
+        return f"{len(Comparison.open(out).rows())} cells in {out} are finished; the same command continues."
+    return "Nothing was written."
 
 
 def _quantize(options: argparse.Namespace, only_images: bool = False) -> None:
@@ -82,6 +95,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     from mirageq.data import open_images
     from mirageq.evaluate import Classifier, accuracy
 
+    if not options.data:
+        raise UserError("Measuring needs labelled images: --data FOLDER_OR_FILE.")
     folder = Path(options.model)
     run = Run.open(folder) if folder.is_dir() else None
     choice = run.choice if run else _choice(options)
@@ -110,10 +125,60 @@ def _methods(options: argparse.Namespace) -> None:
     console.print("\nThe whole card and the settings of one: mirageq methods NAME", highlight=False)
 
 
+def _compare(options: argparse.Namespace) -> None:
+    from mirageq.data import open_images
+
+    plan = _plan(options)
+    wanted = plan.check()
+    if not (plan.network and plan.data and options.out):
+        raise UserError("A comparison needs a MODEL, --data and --out FOLDER.")
+    options.model = plan.network
+    teacher = load_teacher(_choice(options), _device(options))
+    data = open_images(plan.data, teacher.image_shape, resize=options.resize, limit=options.limit)
+    comparison = Comparison.begin(options.out, plan.network, teacher, data, wanted, options.work)
+    console.print(comparison.protocol.sentences(), highlight=False)
+    comparison.fill(plan, teacher, data, console, options.only)
+    _write_tables(comparison.protocol, comparison.rows(), options.out, comparison.features())
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    """The plan file, with what the command line says instead."""
+    table = recipe.read(str(options.plan)) if options.plan else {}
+    given = {"network": options.model, "data": options.data and str(options.data), "recipe": options.recipe}
+    given |= {"bits": options.bits, "seeds": options.seeds}
+    if options.methods or not table:
+        given["methods"] = {name: {} for name in options.methods or METHODS}
+    return Plan.of({**table, **{key: value for key, value in given.items() if value}}, str(options.plan or "the plan"))
+
+
 def _show(options: argparse.Namespace) -> None:
+    first = options.folder[0]
+    if (first / RECORD).exists() or not (first / PROTOCOL).exists():
+        _show_run(first)
+    else:
+        protocol, rows = joined(options.folder)
+        features = Comparison.open(first).features() if len(options.folder) == 1 else {}
+        _write_tables(protocol, rows, first, features)
+
+
+def _write_tables(protocol: Protocol, rows: list[Row], folder: Path, features: dict[str, Batch]) -> None:
+    from mirageq.report import accuracy_plot, feature_map
+
+    text = page(protocol, rows)
+    print(text)
+    if rows:
+        (folder / "table.md").write_text(text)
+        (folder / "table.json").write_text(json.dumps(summary(rows), indent=2) + "\n")
+        accuracy_plot(rows, folder / "accuracy.png")
+    if features:
+        feature_map(features, folder / "features.png")
+    print(f"wrote {', '.join(str(path) for path in sorted(folder.glob('*.*')) if path.stem != 'protocol')}")
+
+
+def _show_run(folder: Path) -> None:
     from mirageq.report import contact_sheet, loss_curves
 
-    run = Run.open(options.run)
+    run = Run.open(folder)
     _summary(run)
     network = run.choice.load()
     sheet, curves = run.folder / "images.png", run.folder / "curves.png"
@@ -174,67 +239,11 @@ def _device(options: argparse.Namespace) -> str:
     return options.device
 
 
-def _numbers(kind: type):
-    def parse(text: str) -> tuple:
-        try:
-            return tuple(kind(part) for part in text.replace("x", ",").split(","))
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"expected numbers separated by commas, got '{text}'") from error
-
-    return parse
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mirageq", description="Quantize a vision network without its data.")
-    parser.add_argument("--version", action="version", version=f"mirageq {mirageq.__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    network = argparse.ArgumentParser(add_help=False)
-    network.add_argument("--checkpoint", type=Path, help="weights: safetensors, or a torch file of tensors")
-    network.add_argument("--image-shape", type=_numbers(int), metavar="C,H,W", help="shape of one image")
-    network.add_argument("--mean", type=_numbers(float), metavar="R,G,B", help="mean of pixels in [0, 1]")
-    network.add_argument("--std", type=_numbers(float), metavar="R,G,B", help="standard deviation of pixels in [0, 1]")
-    network.add_argument("--device", default="auto", help="cpu, cuda, or auto (default)")
-
-    making = argparse.ArgumentParser(add_help=False)
-    making.add_argument("--recipe", help="a recipe file, or a shipped one: " + ", ".join(recipe.shipped()))
-    making.add_argument("--method", help="one of " + ", ".join(methods.METHODS) + ", or package.module:Name")
-    making.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting, such as method.lr=0.1; repeatable"
-    )
-    making.add_argument("--seed", type=int, default=0)
-
-    model = "timm:NAME, torchvision:NAME, py:MODULE:CALLABLE, demo:efficientnet-lite0, or a .pt2 file"
-    making.add_argument("--out", type=Path, help="new folder of the run")
-    making.add_argument("--resume", type=Path, metavar="RUN", help="continue an interrupted run")
-
-    command = commands.add_parser("quantize", parents=[network, making], help="synthesise, quantize, calibrate, tune")
-    command.add_argument("model", nargs="?", help=model)
-    command.add_argument("--bits", help="weights and activations, such as w4a4")
-    command.add_argument(
-        "--images", type=Path, metavar="RUN", help="use the images of another run (or a safetensors file)"
-    )
-    command.set_defaults(command=_quantize)
-
-    command = commands.add_parser("synthesize", parents=[network, making], help="only make images")
-    command.add_argument("model", nargs="?", help=model)
-    command.add_argument("--count", type=int, help="how many images")
-    command.set_defaults(command=_synthesize)
-
-    command = commands.add_parser("evaluate", parents=[network], help="top-1 and top-5 on labelled images")
-    command.add_argument("model", help=f"a run's folder, or {model}")
-    command.add_argument(
-        "--data", type=Path, required=True, help="image folder, CIFAR .npz or .bin, or parquet of JPEG"
-    )
-    command.add_argument("--resize", type=int, help="first scale the short side to this many pixels")
-    command.add_argument("--limit", type=int, help="only the first so many images")
-    command.set_defaults(command=_evaluate)
-
-    command = commands.add_parser("methods", help="the synthesis methods and their cards")
-    command.add_argument("name", nargs="?")
-    command.set_defaults(command=_methods)
-
-    command = commands.add_parser("show", help="a run's summary, contact sheet and loss curves")
-    command.add_argument("run", type=Path)
-    command.set_defaults(command=_show)
-    return parser
+COMMANDS = {
+    "quantize": _quantize,
+    "synthesize": _synthesize,
+    "evaluate": _evaluate,
+    "compare": _compare,
+    "methods": _methods,
+    "show": _show,
+}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -29,7 +30,10 @@ class LabelledImages:
     Each image is first scaled so that its short side is `resize` pixels (if given), then cropped around its centre.
     """
 
-    def __init__(self, files: _Files, image_shape: tuple[int, int, int], resize: int | None, limit: int | None) -> None:
+    def __init__(
+        self, name: str, files: _Files, image_shape: tuple[int, int, int], resize: int | None, limit: int | None
+    ) -> None:
+        self.name = name
         self._files, self._shape, self._resize = files, image_shape, resize
         self.count = min(len(files), limit or len(files))
 
@@ -46,6 +50,14 @@ class LabelledImages:
                 torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
                 torch.tensor([label for _, label in picked]),
             )
+
+    def digest(self) -> str:
+        """SHA-256 over pixels and labels, as a network sees them."""
+        digest = hashlib.sha256()
+        for pixels, labels in self.batches(256):
+            digest.update(pixels.numpy().tobytes())
+            digest.update(labels.numpy().tobytes())
+        return digest.hexdigest()
 
     def _fit(self, image: np.ndarray) -> np.ndarray:
         channels, height, width = self._shape
@@ -88,7 +100,7 @@ def open_images(
     files = _open(path)
     if len(files) == 0:
         raise UserError(f"{path} holds no images.")
-    return LabelledImages(files, image_shape, resize, limit)
+    return LabelledImages(path.name, files, image_shape, resize, limit)
 
 
 def _open(path: Path) -> _Files:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mirageq.data import LabelledImages
@@ -73,3 +74,45 @@ def agreement(first: Classifier, second: Classifier, images: Tensor, *, batch_si
     """Percent of normalised images (N, C, H, W) that two networks put in the same class."""
     same = [first(chunk).argmax(1) == second(chunk).argmax(1) for chunk in images.split(batch_size)]
     return 100 * torch.cat(same).float().mean().item()
+
+
+def intra_class_distance(features: Tensor, labels: Tensor) -> float:
+    """Mean cosine distance between two images of the same class, over all pairs; NaN where no class has two.
+
+    The figure by which IntraQ's paper measures heterogeneity (real images 0.44, its own 0.42, ZeroQ 0.17).
+
+    Args:
+        features: (N, D) penultimate features.
+        labels: (N,).
+    """
+    distance, same = _cosine_distances(features), _same_class(labels)
+    return distance[same].mean().item()
+
+
+def silhouette(features: Tensor, labels: Tensor) -> float:
+    """Mean silhouette of the classes in cosine distance (Rousseeuw, 1987): 1 well apart, 0 overlapping, -1 mixed up.
+
+    Classes with a single image are left out; NaN where fewer than two remain.
+    """
+    counts = torch.bincount(labels)
+    kept = counts[labels] > 1
+    features, labels = features[kept], labels[kept]
+    classes, index = labels.unique(return_inverse=True)
+    if len(classes) < 2:
+        return math.nan
+    member = F.one_hot(index).float()
+    sums = _cosine_distances(features) @ member
+    sizes = member.sum(0)
+    own = sums.gather(1, index[:, None]).squeeze(1) / (sizes[index] - 1)
+    others = (sums / sizes).masked_fill(member.bool(), math.inf).amin(1)
+    return ((others - own) / torch.maximum(others, own).clamp_min(1e-12)).mean().item()
+
+
+def _cosine_distances(features: Tensor) -> Tensor:
+    directions = F.normalize(features.float(), dim=1)
+    return (1 - directions @ directions.T).clamp_min(0)
+
+
+def _same_class(labels: Tensor) -> Tensor:
+    """(N, N) bool: two different images of one class."""
+    return (labels[:, None] == labels).fill_diagonal_(False)

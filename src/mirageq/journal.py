@@ -64,6 +64,13 @@ class Journal:
         if self.console:
             self.console.print(text, highlight=False, markup=False)
 
+    def within(self, name: str) -> Journal:
+        """The journal of a part of this run, in a subfolder of its own."""
+        folder = self.folder / name if self.folder else None
+        if folder:
+            folder.mkdir(exist_ok=True)
+        return Journal(folder, self.console, checkpoint_seconds=self.checkpoint_seconds)
+
     def checkpoint(self, name: str) -> Checkpoint:
         """The checkpoint slot `name` of this run."""
         path = self.folder / "checkpoints" / f"{name}.pt" if self.folder else None
@@ -107,9 +114,14 @@ class Checkpoint:
     def offer(self, state: Callable[[], dict[str, Any]]) -> None:
         """Save `state()` if the last time is long enough ago."""
         if self.path and time.monotonic() - self._saved_at >= self.seconds:
+            self.save(state())
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Save now."""
+        if self.path:
             self.path.parent.mkdir(exist_ok=True)
             written = self.path.with_suffix(".new")
-            torch.save(state(), written)
+            torch.save(state, written)
             os.replace(written, self.path)
             self._saved_at = time.monotonic()
 

@@ -42,6 +42,12 @@ class _ChannelStatistics(torch.autograd.Function):
         return torch.addcmul(offset.view(shape).to(x.dtype), x, slope.view(shape).to(x.dtype))
 
 
+def sample_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each image's channels over space: (N, C, ...) -> two of (N, C), float32."""
+    var, mean = torch.var_mean(x.float().flatten(2), dim=2, correction=0)
+    return mean, var
+
+
 def bn_alignment(seen: Observation, remembered: Iterable[BatchNormStatistics]) -> Tensor:
     """Batch-normalisation statistics alignment, the term every method of the family shares.
 
@@ -53,6 +59,18 @@ def bn_alignment(seen: Observation, remembered: Iterable[BatchNormStatistics]) -
         mean, var = channel_statistics(seen.bn_inputs[norm.name])
         terms.append(F.mse_loss(mean, norm.mean) + F.mse_loss(var, norm.var))
     return torch.stack(terms).mean()
+
+
+def marginal_distance(features: Tensor, centres: Tensor, known: Tensor, low: float, high: float) -> Tensor:
+    """Hinge on the cosine distance d of each feature to its class centre: stay in [low, high] (IntraQ eq. 7).
+
+    Args:
+        features, centres: (N, D).
+        known: (N,) bool, whether the class has a centre yet; others do not count.
+    """
+    distance = 1 - F.cosine_similarity(features.float(), centres, dim=1)
+    outside = F.relu(low - distance) + F.relu(distance - high)
+    return (outside * known).sum() / (known.sum() + 1e-6)
 
 
 def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

@@ -79,16 +79,35 @@ def quantize(
         raise UserError("Give image_shape=(channels, height, width), the shape the network was trained with.")
     else:
         teacher = Teacher.wrap(model, image_shape, device=device)
-    student = convert(teacher.network, scheme or Scheme()).to(teacher.device)
-
-    clock = _Clock()
+    scheme, tuner = scheme or Scheme(), tuner or Distill()
+    convert(teacher.network, scheme)  # refuses a scheme that does not fit before any image is made
+    started = time.perf_counter()
     source = method.synthesize(teacher, images, seed=seed, journal=journal)
-    clock.lap("synthesize")
+    synthesized = {"synthesize": time.perf_counter() - started}
+    student, seconds = teach(
+        teacher, source, scheme, tuner, calibration_images=calibration_images, seed=seed, journal=journal
+    )
+    return Result(teacher, student, source, synthesized | seconds)
+
+
+def teach(
+    teacher: Teacher,
+    source: ImageSource,
+    scheme: Scheme,
+    tuner: Tuner,
+    *,
+    calibration_images: int,
+    seed: int,
+    journal: Journal,
+) -> tuple[Student, dict[str, float]]:
+    """Convert, calibrate and tune a student on images that exist; with it the seconds of each stage."""
+    clock = _Clock()
+    student = convert(teacher.network, scheme).to(teacher.device)
     calibrate(student, source, calibration_images)
     clock.lap("calibrate")
-    (tuner or Distill()).tune(teacher, student, source, seed=seed, journal=journal)
+    tuner.tune(teacher, student, source, seed=seed, journal=journal)
     clock.lap("tune")
-    return Result(teacher, student, source, clock.seconds)
+    return student, clock.seconds
 
 
 def calibrate(student: Student, source: ImageSource, images: int) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -74,18 +75,18 @@ def assign(table: Table, assignments: Sequence[str]) -> Table:
     >>> assign({"images": 64}, ["images=128", "method.lr=0.1"])
     {'images': '128', 'method': {'lr': '0.1'}}
     """
-    result = {key: dict(value) if isinstance(value, dict) else value for key, value in table.items()}
+    result = copy.deepcopy(table)
     for assignment in assignments:
         key, equals, value = assignment.partition("=")
         if not equals:
             raise UserError(f"A setting is given as key=value; got '{assignment}'.")
-        section, dot, name = key.strip().partition(".")
-        if dot and section not in SECTIONS:
-            raise UserError(f"There is no section '{section}' in a recipe; {did_you_mean(section, SECTIONS)}.")
-        if dot:
-            result.setdefault(section, {})[name] = value.strip()
-        else:
-            result[section] = value.strip()
+        *sections, name = key.strip().split(".")
+        if sections and sections[0] not in SECTIONS:
+            raise UserError(f"There is no section '{sections[0]}' in a recipe; {did_you_mean(sections[0], SECTIONS)}.")
+        place = result
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[name] = value.strip()
     return result
 
 
@@ -103,9 +104,9 @@ def build(table: Table) -> Recipe:
         UserError: an unknown section, method, tuner or setting (with the nearest known one), or a wrong type.
     """
     rest = dict(table)
-    method, tuner = (dict(_section(rest, name)) for name in ("method", "tuner"))
+    tuner = dict(_section(rest, "tuner"))
     parts = {
-        "method": settings(methods.find(method.pop("name", "intraq")), method, "method"),
+        "method": build_method(_section(rest, "method"), "method"),
         "scheme": settings(Scheme, _section(rest, "scheme"), "scheme"),
         "tuner": settings(_tuner(tuner.pop("name", "distill")), tuner, "tuner"),
     }
@@ -115,23 +116,45 @@ def build(table: Table) -> Recipe:
     return Recipe(**parts, images=plain.images, calibration_images=plain.calibration_images)
 
 
+def build_method(table: Table, where: str) -> Method:
+    """The method that a table describes: `name`, settings, and sections for the methods it is made of, if any."""
+    plain = {key: value for key, value in table.items() if not isinstance(value, dict)}
+    kind = methods.find(plain.pop("name", "intraq"))
+    parts = {key: value for key, value in table.items() if isinstance(value, dict)}
+    check_names(kind, parts, where)
+    built = settings(kind, plain, where)
+    return replace(built, **{name: build_method(part, f"{where}.{name}") for name, part in parts.items()})
+
+
 def describe(recipe: Recipe) -> Table:
     """The full table of a recipe, every default written out; `build(describe(recipe)) == recipe`."""
     return {
         "images": recipe.images,
         "calibration_images": recipe.calibration_images,
-        "method": {"name": _name(methods.METHODS, recipe.method), **_values(recipe.method)},
+        "method": describe_method(recipe.method),
         "scheme": _values(recipe.scheme),
         "tuner": {"name": _name(TUNERS, recipe.tuner), **_values(recipe.tuner)},
     }
 
 
-def settings(kind: type, values: Table, where: str) -> Any:
-    """An instance of `kind` from plain values, converted to the types of its constructor."""
+def describe_method(method: Method) -> Table:
+    """The full table of a method and of the methods it is made of."""
+    parts = {name: describe_method(part) for name in vars(method) if isinstance(part := getattr(method, name), Method)}
+    return {"name": _name(methods.METHODS, method), **_values(method), **parts}
+
+
+def check_names(kind: type, values: Table, where: str) -> Mapping[str, inspect.Parameter]:
+    """The settings of `kind` by name; raises a `UserError` for a value that is none of them."""
     known = inspect.signature(kind).parameters
     for name in values:
         if name not in known:
             raise UserError(f"{where} has no setting '{name}'; {did_you_mean(name, known)}.")
+    return known
+
+
+def settings(kind: type, values: Table, where: str) -> Any:
+    """An instance of `kind` from plain values, converted to the types of its constructor."""
+    known = check_names(kind, values, where)
     needed = [name for name, parameter in known.items() if parameter.default is parameter.empty]
     if missing := [name for name in needed if name not in values]:
         raise UserError(f"{where} needs a value for '{missing[0]}'.")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mirageq.images import Batch
 from mirageq.journal import read_history
+from mirageq.tables import mean_and_spread, source_of
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -69,6 +70,62 @@ def loss_curves(history: Path, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def accuracy_plot(rows: list[dict], path: Path) -> None:
+    """Write a PNG of top-1 against bits, a line for each method with its spread over seeds, and full precision."""
+    bits = sorted({row["bits"] for row in rows}, reverse=True)
+    figure, axis = plt.subplots(figsize=(1.8 + 1.6 * len(bits), 4.2))
+    sources = list(dict.fromkeys(source_of(row) for row in rows))
+    for place, source in enumerate(sources):
+        points = []
+        for index, name in enumerate(bits):
+            values = [row["top1"] for row in rows if row["bits"] == name and source_of(row) == source]
+            if values:
+                points.append((index + 0.04 * (place - len(sources) / 2), *mean_and_spread(values)))
+        x, y, spread = zip(*points, strict=True)
+        axis.errorbar(x, y, yerr=spread, marker="o", ms=4, lw=1, capsize=3, label=source)
+    axis.axhline(rows[0]["full_precision"], color="black", lw=0.8, ls="--", label="full precision")
+    axis.set(xticks=range(len(bits)), xticklabels=bits, ylabel="top-1, percent")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def feature_map(features: dict[str, Batch], path: Path, *, classes: int = 10) -> None:
+    """Write a PNG of penultimate features in two dimensions, a panel for each method and a colour for each class.
+
+    The axes are the same in all panels: the two directions along which the class means of all panels spread most.
+    Only the first `classes` classes are drawn.
+    """
+    shown = {name: _only(batch, classes) for name, batch in features.items()}
+    directions = {name: torch.nn.functional.normalize(batch.images, dim=1) for name, batch in shown.items()}
+    means = [
+        directions[name][batch.labels == c].mean(0) for name, batch in shown.items() for c in batch.labels.unique()
+    ]
+    middle = torch.stack(means).mean(0)
+    axes_of = torch.linalg.svd(torch.stack(means) - middle, full_matrices=False).Vh[:2]
+    columns = min(len(shown), 3)
+    lines = -(-len(shown) // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(3.4 * columns, 3.2 * lines), squeeze=False, sharex=True, sharey=True
+    )
+    for axis, (name, batch) in zip(axes.flat, shown.items(), strict=False):
+        places = (directions[name] - middle) @ axes_of.T
+        axis.scatter(*places.T.tolist(), c=batch.labels.tolist(), cmap="tab10", s=6, vmin=0, vmax=classes - 1)
+        axis.set_title(name, fontsize=9)
+    for axis in list(axes.flat)[len(shown) :]:
+        axis.set_axis_off()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _only(batch: Batch, classes: int) -> Batch:
+    kept = batch.labels < classes
+    return Batch(batch.images[kept], batch.labels[kept])
 
 
 def _draw(axis: plt.Axes, title: str, stages: dict[str, dict[str, list[tuple[int, float]]]]) -> None:

@@ -76,7 +76,7 @@ class Run:
             "format": FORMAT,
             "status": "running",
             "only_images": only_images,
-            "versions": _versions(),
+            "versions": versions(),
             "machine": {
                 "processor": platform.machine(),
                 "threads": torch.get_num_threads(),
@@ -212,7 +212,7 @@ class Run:
         if checkpoints.is_dir() and not any(checkpoints.iterdir()):
             checkpoints.rmdir()
         self.record["seconds"] = {name: round(value, 2) for name, value in seconds.items()}
-        self.record["peak_memory_bytes"] = _peak_memory()
+        self.record["peak_memory_bytes"] = peak_memory()
         self.record["status"] = "finished"
         self._write()
 
@@ -245,11 +245,11 @@ def _network_hash(teacher: Teacher) -> str:
     return hash_tensors(dict(teacher.network.state_dict()))
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     return {"mirageq": mirageq.__version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
-def _peak_memory() -> int:
+def peak_memory() -> int:
     """Largest resident size of this process so far, in bytes; 0 where the system does not tell."""
     try:
         import resource

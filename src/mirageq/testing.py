@@ -60,9 +60,11 @@ class TinyResNet(nn.Module):
 
 def quick(kind: type) -> Method:
     """A method with settings small enough for a test."""
-    small = {"iterations": 6, "batch_size": 4}
+    small = {"iterations": 6, "batch_size": 4, "warmup": 6, "width": 8, "latent": 4, "centre_iterations": 3}
+    small |= {"centroid_every": 1, "centre_batch": 4}
     fields = {field.name for field in dataclasses.fields(kind)}
-    return kind(**{name: value for name, value in small.items() if name in fields})
+    parts = {"candidates": quick(methods.METHODS["zeroq"])} if "candidates" in fields else {}
+    return kind(**parts, **{name: value for name, value in small.items() if name in fields})
 
 
 def is_a_frozen_settings_dataclass_with_a_card(method: Method, folder: Path) -> None:

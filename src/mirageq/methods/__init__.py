@@ -7,26 +7,28 @@ command line, its help and the conformance tests are all derived from `METHODS`.
 from __future__ import annotations
 
 import importlib
-from typing import Protocol, runtime_checkable
 
 from mirageq.errors import UserError, did_you_mean
-from mirageq.images import ImageSource
-from mirageq.journal import Journal
+from mirageq.methods.clusterq import ClusterQ
+from mirageq.methods.contract import Method
+from mirageq.methods.gdfq import GDFQ
 from mirageq.methods.intraq import IntraQ
 from mirageq.methods.noise import Noise
+from mirageq.methods.selectq import SelectQ
+from mirageq.methods.texq import TexQ
 from mirageq.methods.zeroq import ZeroQ
-from mirageq.teacher import Teacher
 
-METHODS: dict[str, type] = {"noise": Noise, "zeroq": ZeroQ, "intraq": IntraQ}
+METHODS: dict[str, type] = {
+    "noise": Noise,
+    "zeroq": ZeroQ,
+    "intraq": IntraQ,
+    "gdfq": GDFQ,
+    "clusterq": ClusterQ,
+    "texq": TexQ,
+    "selectq": SelectQ,
+}
 
-
-@runtime_checkable
-class Method(Protocol):
-    """What a method must offer."""
-
-    def synthesize(self, teacher: Teacher, count: int, *, seed: int = 0, journal: Journal | None = None) -> ImageSource:
-        """Make a source of `count` images from what the teacher remembers; randomness from `seed` alone."""
-        ...
+__all__ = ["METHODS", "Method", "card", "find"]
 
 
 def find(name: str) -> type:

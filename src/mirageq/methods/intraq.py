@@ -35,7 +35,7 @@ from mirageq.augment import random_resized_crop
 from mirageq.errors import UserError
 from mirageq.images import ImageSource
 from mirageq.journal import Journal
-from mirageq.losses import bn_alignment
+from mirageq.losses import bn_alignment, marginal_distance
 from mirageq.paint import Canvas, Descent
 from mirageq.teacher import Teacher
 
@@ -119,18 +119,6 @@ def soft_inception(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
     """Mean squared error of the assigned class's *probability* alone (METHODS A.2; IntraQ eq. 9)."""
     probability = logits.float().softmax(1).gather(1, labels[:, None]).squeeze(1)
     return F.mse_loss(probability, targets)
-
-
-def marginal_distance(features: Tensor, centres: Tensor, known: Tensor, low: float, high: float) -> Tensor:
-    """Hinge on the cosine distance d of each feature to its class centre: stay in [low, high] (IntraQ eq. 7).
-
-    Args:
-        features, centres: (N, D).
-        known: (N,) bool, whether the class has a centre yet; others do not count.
-    """
-    distance = 1 - F.cosine_similarity(features.float(), centres, dim=1)
-    outside = F.relu(low - distance) + F.relu(distance - high)
-    return (outside * known).sum() / (known.sum() + 1e-6)
 
 
 @dataclass(frozen=True)

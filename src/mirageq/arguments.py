@@ -1,0 +1,119 @@
+"""The arguments of each command."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import mirageq
+from mirageq import methods, recipe
+
+MODEL = "timm:NAME, torchvision:NAME, py:MODULE:CALLABLE, demo:efficientnet-lite0, or a .pt2 file"
+
+Command = Callable[[argparse.Namespace], None]
+
+
+def parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
+    """A parser whose result has the chosen command's function as `command`; `run` maps names to functions."""
+    whole = argparse.ArgumentParser(prog="mirageq", description="Quantize a vision network without its data.")
+    whole.add_argument("--version", action="version", version=f"mirageq {mirageq.__version__}")
+    commands = whole.add_subparsers(required=True, metavar="COMMAND")
+    network, making = _network(), _making()
+    measuring = _measuring()
+    for name, summary, parents, describe in (
+        ("quantize", "synthesise, quantize, calibrate, tune", [network, making], _quantize),
+        ("synthesize", "only make images", [network, making], _synthesize),
+        ("evaluate", "top-1 and top-5 on labelled images", [network, measuring], _evaluate),
+        ("compare", "methods x bits x seeds on one network, cell by cell", [network, measuring], _compare),
+        ("methods", "the synthesis methods and their cards", [], _methods),
+        ("show", "a run's summary, contact sheet and loss curves; or the table of comparisons", [], _show),
+    ):
+        command = commands.add_parser(name, parents=parents, help=summary)
+        describe(command)
+        command.set_defaults(command=run[name])
+    return whole
+
+
+def _network() -> argparse.ArgumentParser:
+    group = argparse.ArgumentParser(add_help=False)
+    group.add_argument("--checkpoint", type=Path, help="weights: safetensors, or a torch file of tensors")
+    group.add_argument("--image-shape", type=_numbers(int), metavar="C,H,W", help="shape of one image")
+    group.add_argument("--mean", type=_numbers(float), metavar="R,G,B", help="mean of pixels in [0, 1]")
+    group.add_argument("--std", type=_numbers(float), metavar="R,G,B", help="standard deviation of pixels in [0, 1]")
+    group.add_argument("--device", default="auto", help="cpu, cuda, or auto (default)")
+    return group
+
+
+def _making() -> argparse.ArgumentParser:
+    group = argparse.ArgumentParser(add_help=False)
+    group.add_argument("--recipe", help="a recipe file, or a shipped one: " + ", ".join(recipe.shipped()))
+    group.add_argument("--method", help="one of " + ", ".join(methods.METHODS) + ", or package.module:Name")
+    group.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting, such as method.lr=0.1; repeatable"
+    )
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--out", type=Path, help="new folder of the run")
+    group.add_argument("--resume", type=Path, metavar="RUN", help="continue an interrupted run")
+    return group
+
+
+def _measuring() -> argparse.ArgumentParser:
+    group = argparse.ArgumentParser(add_help=False)
+    group.add_argument("--data", type=Path, help="labelled images: folder, CIFAR .npz or .bin, or parquet of JPEG")
+    group.add_argument("--resize", type=int, help="first scale the short side to this many pixels")
+    group.add_argument("--limit", type=int, help="only the first so many images")
+    return group
+
+
+def _quantize(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", nargs="?", help=MODEL)
+    command.add_argument("--bits", help="weights and activations, such as w4a4")
+    command.add_argument(
+        "--images", type=Path, metavar="RUN", help="use the images of another run (or a safetensors file)"
+    )
+
+
+def _synthesize(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", nargs="?", help=MODEL)
+    command.add_argument("--count", type=int, help="how many images")
+
+
+def _evaluate(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", help=f"a run's folder, or {MODEL}")
+
+
+def _compare(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", nargs="?", help=MODEL)
+    command.add_argument("--plan", type=Path, help="a TOML file: recipe, bits, seeds, [methods.LABEL] with settings")
+    command.add_argument("--methods", type=_words, metavar="A,B", help="with their papers' settings; default: all")
+    command.add_argument("--bits", type=_words, metavar="w4a4,...")
+    command.add_argument("--seeds", type=_numbers(int), metavar="0,1,...")
+    command.add_argument("--recipe", help="what the methods share: images, scheme and tuner")
+    command.add_argument("--out", type=Path, help="folder of the comparison; finished cells in it are kept")
+    command.add_argument("--work", type=Path, help="where images and unfinished cells are kept (default: OUT/work)")
+    command.add_argument(
+        "--only", nargs="*", default=[], metavar="TEXT", help="cells whose label has all of these"
+    )
+
+
+def _methods(command: argparse.ArgumentParser) -> None:
+    command.add_argument("name", nargs="?")
+
+
+def _show(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folder", type=Path, nargs="+", help="a run, or comparisons under one protocol")
+
+
+def _numbers(kind: type) -> Callable[[str], tuple]:
+    def parse(text: str) -> tuple:
+        try:
+            return tuple(kind(part) for part in text.replace("x", ",").split(","))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"expected numbers separated by commas, got '{text}'") from error
+
+    return parse
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))

@@ -1,0 +1,299 @@
+"""Methods side by side: a matrix of methods x bits x seeds on one network under one protocol, cell by cell.
+
+A comparison is a folder: `protocol.json`, one line of `cells.jsonl` for each finished cell, and what is read off them
+(`table.md`, `table.json`, `accuracy.png`, `features.png`). Unfinished work lies beside it and is continued.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from mirageq import recipe as recipes
+from mirageq.data import LabelledImages
+from mirageq.errors import UserError
+from mirageq.evaluate import accuracy, intra_class_distance, silhouette
+from mirageq.images import Batch, ImageSource, hash_tensors
+from mirageq.journal import Journal, read_history
+from mirageq.pipeline import teach
+from mirageq.protocol import Protocol, first_difference
+from mirageq.recipe import Recipe, Table
+from mirageq.run import check_folder, peak_memory, versions
+from mirageq.teacher import Teacher
+
+PROTOCOL, CELLS = "protocol.json", "cells.jsonl"
+MEASURED_IMAGES = 1000  # images whose features are looked at
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is compared.
+
+    Attributes:
+        methods: label -> the method's table (`name`, settings); the label is the name where none is given.
+        bits: such as "w4a4".
+        seeds: one cell for each.
+        recipe: a recipe file or the name of a shipped one; its method and bits are replaced.
+        variants: label -> settings (`tuner.steps=0`) that a cell has besides.
+        network, data: what `mirageq compare` measures unless told otherwise.
+    """
+
+    methods: dict[str, Table]
+    bits: tuple[str, ...] = ("w4a4",)
+    seeds: tuple[int, ...] = (0,)
+    recipe: str | None = None
+    variants: dict[str, list[str]] = field(default_factory=lambda: {"": []})
+    network: str | None = None
+    data: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("methods", "bits", "seeds", "variants"):
+            if not getattr(self, name):
+                raise UserError(f"A comparison needs at least one of its {name}.")
+
+    @staticmethod
+    def read(path: str) -> Plan:
+        """The plan in a TOML file.
+
+        Raises:
+            UserError: not TOML, or an unknown setting.
+        """
+        return Plan.of(recipes.read(path), path)
+
+    @staticmethod
+    def of(table: Table, where: str) -> Plan:
+        plain = {key: value for key, value in table.items() if key not in ("methods", "variants")}
+        tables = {key: table[key] for key in ("methods", "variants") if key in table}
+        recipes.check_names(Plan, table, where)
+        typed = recipes.settings(_PlainPlan, plain, where)
+        return Plan(**{name: getattr(typed, name) for name in plain}, **{"methods": {}, **tables})
+
+    def cells(self) -> list[Cell]:
+        return [
+            Cell(method, bits, seed, variant)
+            for seed in self.seeds
+            for method in self.methods
+            for bits in self.bits
+            for variant in self.variants
+        ]
+
+    def recipe_of(self, cell: Cell) -> Recipe:
+        base = recipes.read(self.recipe) if self.recipe else {}
+        table = {**base, "method": {"name": cell.method, **self.methods[cell.method]}}
+        return recipes.build(recipes.assign(recipes.set_bits(table, cell.bits), self.variants[cell.variant]))
+
+    def check(self) -> Recipe:
+        """Build every cell's recipe, so that a mistake shows before anything is computed; returns the first."""
+        return [self.recipe_of(cell) for cell in self.cells()][0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PlainPlan:
+    bits: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
+    recipe: str | None = None
+    network: str | None = None
+    data: str | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One figure of a comparison."""
+
+    method: str
+    bits: str
+    seed: int
+    variant: str = ""
+
+    @property
+    def label(self) -> str:
+        return f"{self.method} {self.bits} seed{self.seed} {self.variant}".strip()
+
+    @property
+    def folder(self) -> str:
+        return self.label.replace(" ", "_").replace("/", "_")
+
+
+class Comparison:
+    """The folder of a comparison.
+
+    Args:
+        folder: where figures are written.
+        protocol: what they share.
+        work: where images and unfinished cells are kept; `folder`/work by default.
+    """
+
+    def __init__(self, folder: Path, protocol: Protocol, work: Path | None = None) -> None:
+        self.folder, self.protocol, self.work = folder, protocol, work or folder / "work"
+
+    @staticmethod
+    def open(folder: Path) -> Comparison:
+        """The comparison in `folder`.
+
+        Raises:
+            UserError: there is none.
+        """
+        return Comparison(folder, Protocol.load(folder / PROTOCOL))
+
+    @staticmethod
+    def begin(
+        folder: Path, network: str, teacher: Teacher, data: LabelledImages, wanted: Recipe, work: Path | None = None
+    ) -> Comparison:
+        """A new comparison, or the one in `folder` if its protocol is the same.
+
+        Raises:
+            UserError: the folder holds something else, or a comparison under another protocol.
+        """
+        path = folder / PROTOCOL
+        before = Protocol.load(path) if path.exists() else None
+        if before is None:
+            check_folder(folder)
+        full = (
+            before.full_precision
+            if before
+            else accuracy(teacher, data, teacher.mean, teacher.std, device=str(teacher.device)).top1
+        )
+        protocol = Protocol.of(network, teacher, data.name, data, wanted, full)
+        if before:
+            protocol.require_same(before, Path("This call"), folder)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            protocol.save(path)
+        return Comparison(folder, protocol, work)
+
+    def rows(self) -> list[Row]:
+        """The finished cells."""
+        path = self.folder / CELLS
+        return read_history(path) if path.exists() else []
+
+    def fill(
+        self, plan: Plan, teacher: Teacher, data: LabelledImages, console: Console, only: Sequence[str] = ()
+    ) -> None:
+        """Compute the plan's cells that are not finished, of those whose label contains all texts of `only`."""
+        wanted = [cell for cell in plan.cells() if all(text in cell.label for text in only)]
+        done = {row["label"]: row["recipe"] for row in self.rows()}
+        for cell in wanted:
+            if cell.label in done:
+                _require_same_settings(done[cell.label], recipes.describe(plan.recipe_of(cell)), cell.label)
+        for index, cell in enumerate(wanted):
+            if cell.label not in done:
+                console.rule(f"{cell.label} ({index + 1} of {len(wanted)})")
+                row = self._compute(plan.recipe_of(cell), cell, teacher, data, console)
+                self._add(row)
+                console.print(
+                    f"{cell.label}: {row['top1']:.2f} (full precision {self.protocol.full_precision:.2f})",
+                    highlight=False,
+                )
+
+    def features(self) -> dict[str, Batch]:
+        """Method -> penultimate features and labels of its images, for the methods whose work lies here."""
+        found = {}
+        for row in self.rows():
+            path = self._images_folder(row["method"], row["seed"]) / "features.safetensors"
+            if path.exists() and row["method"] not in found:
+                found[row["method"]] = Batch(**load_file(path))
+        return found
+
+    def _compute(self, wanted: Recipe, cell: Cell, teacher: Teacher, data: LabelledImages, console: Console) -> Row:
+        started = time.perf_counter()
+        folder = self._images_folder(cell.method, cell.seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = _remembered(folder / "method.json", recipes.describe_method(wanted.method))
+        _require_same_settings(settings, recipes.describe_method(wanted.method), str(folder))
+        source = wanted.method.synthesize(teacher, wanted.images, seed=cell.seed, journal=Journal(folder, console))
+        seconds = {"synthesize": _remembered(folder / "seconds.json", time.perf_counter() - started)}
+        workplace = self.work / "cells" / cell.folder
+        workplace.mkdir(parents=True, exist_ok=True)
+        student, taught = teach(
+            teacher,
+            source,
+            wanted.scheme,
+            wanted.tuner,
+            calibration_images=wanted.calibration_images,
+            seed=cell.seed,
+            journal=Journal(workplace, console),
+        )
+        measured = accuracy(student, data, teacher.mean, teacher.std, device=str(teacher.device))
+        return {
+            "label": cell.label,
+            "method": cell.method,
+            "bits": cell.bits,
+            "seed": cell.seed,
+            "variant": cell.variant,
+            "top1": measured.top1,
+            "top5": measured.top5,
+            "count": measured.count,
+            "standard_error": measured.standard_error,
+            "full_precision": self.protocol.full_precision,
+            "images": self._look_at(source, wanted.images, teacher, folder),
+            "recipe": recipes.describe(wanted),
+            "seconds": {name: round(value, 1) for name, value in (seconds | taught).items()},
+            "peak_memory_bytes": peak_memory(),
+            "bytes": student.size().total_bytes,
+            "versions": versions(),
+        }
+
+    def _look_at(self, source: ImageSource, count: int, teacher: Teacher, folder: Path) -> Row:
+        """What the images are like to the teacher, after the student has learnt from them."""
+        sample = source.sample(min(count, MEASURED_IMAGES))
+        with torch.no_grad():
+            seen = [teacher.observe(chunk.to(teacher.device)) for chunk in sample.images.split(64)]
+        features = torch.cat([part.features.float().cpu() for part in seen])
+        guessed = torch.cat([part.logits.argmax(1).cpu() for part in seen])
+        save_file({"images": features, "labels": sample.labels.contiguous()}, folder / "features.safetensors")
+        return {
+            "sha256": hash_tensors(sample._asdict()),
+            "recognised": 100 * (guessed == sample.labels).float().mean().item(),
+            "intra_class_distance": intra_class_distance(features, sample.labels),
+            "silhouette": silhouette(features, sample.labels),
+        }
+
+    def _images_folder(self, method: str, seed: int) -> Path:
+        return self.work / "images" / f"{method}-seed{seed}".replace(" ", "_").replace("/", "_")
+
+    def _add(self, row: Row) -> None:
+        path = self.folder / CELLS
+        written = path.with_suffix(".new")
+        written.write_text("".join(json.dumps(each) + "\n" for each in [*self.rows(), row]))
+        os.replace(written, path)
+
+
+def joined(folders: Sequence[Path]) -> tuple[Protocol, list[Row]]:
+    """The rows of several comparisons that were made under one protocol.
+
+    Raises:
+        UserError: a folder holds no comparison, or two of them differ in their protocol.
+    """
+    comparisons = [Comparison.open(folder) for folder in folders]
+    first = comparisons[0]
+    for other in comparisons[1:]:
+        first.protocol.require_same(other.protocol, first.folder, other.folder)
+    rows = [row for comparison in comparisons for row in comparison.rows()]
+    return first.protocol, list({row["label"]: row for row in rows}.values())
+
+
+def _remembered(path: Path, value: Any) -> Any:
+    """What is noted in `path`: `value`, if this is the first time."""
+    if not path.exists():
+        path.write_text(json.dumps(value))
+    return json.loads(path.read_text())
+
+
+def _require_same_settings(before: Table, now: Table, what: str) -> None:
+    if difference := first_difference(before, now):
+        name, then, wanted = difference
+        raise UserError(
+            f"{what} was made with {name} = {then}, and the plan says {wanted}. "
+            "Use another --out and --work, or give the method another label."
+        )

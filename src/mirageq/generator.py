@@ -1,0 +1,276 @@
+"""The label-conditioned generator, and the source of images that keeps training it while the student learns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mirageq.augment import random_resized_crop
+from mirageq.errors import UserError, check_choices
+from mirageq.images import Batch
+from mirageq.journal import Journal
+from mirageq.losses import bn_alignment
+from mirageq.observe import Observation
+from mirageq.seeding import stream
+from mirageq.teacher import Teacher
+
+SAMPLE_BATCH = 64
+LEAK = 0.2
+OFFICIAL_EPS = 0.8
+
+Draw = Callable[[Tensor, str], Tensor]
+"""`draw(labels, purpose)`: images (N, C, H, W) of these classes, without gradient; `purpose` names the randomness."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorTraining:
+    """Settings of a generator and its training, GDFQ's by default (METHODS A.7, B.3, B.4).
+
+    Attributes:
+        warmup: generator updates before the student sees an image.
+        batch_size: images of a warm-up update; afterwards the tuner's batch size counts.
+        lr: Adam's learning rate, multiplied by `lr_factor` after each of `milestones` updates.
+        latent: length of the noise vector.
+        width: channels of the trunk.
+        conditioning: where the class enters: "embedding" multiplies the noise (CIFAR), "norm" gives each class its own
+            scale and shift in the inner BatchNorms (ImageNet).
+        class_weight: of the cross-entropy with the class an image is made for.
+        bn_weight: of the BatchNorm alignment.
+        last_bn_weight: of further alignment at the last BatchNorm alone (ClusterQ's released code amounts to 0.075).
+        crop_probability: chance, per update, that the teacher sees the batch through random crops and flips.
+        crop_scale: smallest area of a crop.
+        precision: "bfloat16" runs generator and teacher under autocast.
+    """
+
+    warmup: int = 2000
+    batch_size: int = 64
+    lr: float = 1e-3
+    lr_factor: float = 0.1
+    milestones: tuple[int, ...] = (20_000, 40_000, 60_000)
+    latent: int = 100
+    width: int = 128
+    conditioning: Literal["embedding", "norm"] = "embedding"
+    class_weight: float = 1.0
+    bn_weight: float = 0.1
+    last_bn_weight: float = 0.0
+    crop_probability: float = 0.0
+    crop_scale: float = 0.8
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        for name in ("batch_size", "lr", "latent", "width"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name} must be positive; got {getattr(self, name)}.")
+        if self.warmup < 0:
+            raise UserError(f"warmup counts updates and cannot be negative; got {self.warmup}.")
+        if not 0 < self.crop_scale <= 1 or not 0 <= self.crop_probability <= 1:
+            raise UserError(
+                "crop_scale is a fraction of the image's area in (0, 1] and crop_probability lies in [0, 1]; got "
+                f"{self.crop_scale} and {self.crop_probability}."
+            )
+
+
+class Generator(nn.Module):
+    """(noise, labels) -> images: a quarter-size map is doubled twice, with three convolutions between (METHODS A.7).
+
+    Its BatchNorms always use the batch's own statistics, as the official code never leaves training mode; they keep
+    that code's eps of 0.8, which a positional argument put there. The last one, without scale and shift, makes the
+    images' channels zero-mean and unit-variance: the normalised input space.
+    """
+
+    def __init__(self, classes: int, image_shape: tuple[int, int, int], settings: GeneratorTraining) -> None:
+        super().__init__()
+        channels, height, width = image_shape
+        self.classes, self.size = classes, (height, width)
+        self.start = (settings.width, -(-height // 4), -(-width // 4))
+        conditional = settings.conditioning == "norm"
+        half = max(settings.width // 2, 1)
+        self.embedding = None if conditional else nn.Embedding(classes, settings.latent)
+        self.project = nn.Linear(settings.latent, self.start[0] * self.start[1] * self.start[2])
+        self.conv1 = nn.Conv2d(settings.width, settings.width, 3, padding=1)
+        self.conv2 = nn.Conv2d(settings.width, half, 3, padding=1)
+        self.conv3 = nn.Conv2d(half, channels, 3, padding=1)
+        self.norms = nn.ModuleList(
+            _ClassNorm(size, classes if conditional else 1, eps)
+            for size, eps in ((settings.width, 1e-5), (settings.width, OFFICIAL_EPS), (half, OFFICIAL_EPS))
+        )
+
+    @staticmethod
+    @torch.no_grad()
+    def drawn(
+        classes: int, image_shape: tuple[int, int, int], settings: GeneratorTraining, generator: torch.Generator
+    ) -> Generator:
+        """A new network with starting weights from `generator`, in the ranges PyTorch's layers use."""
+        with torch.device("meta"):  # the layers' own initialisation would use global random state
+            network = Generator(classes, image_shape, settings)
+        network.to_empty(device="cpu")
+        for layer in network.modules():
+            if isinstance(layer, nn.Embedding):
+                layer.weight.normal_(generator=generator)
+            elif isinstance(layer, (nn.Linear, nn.Conv2d)):
+                bound = layer.weight[0].numel() ** -0.5
+                for parameter in layer.parameters():
+                    parameter.uniform_(-bound, bound, generator=generator)
+            elif isinstance(layer, _ClassNorm):
+                layer.scale.fill_(1)
+                layer.shift.zero_()
+        return network
+
+    def forward(self, noise: Tensor, labels: Tensor) -> Tensor:
+        if int(labels.max()) >= self.classes:
+            raise UserError(
+                f"The generator knows {self.classes} classes, and was asked for class {int(labels.max())}. "
+                "Train a generator for this network."
+            )
+        if self.embedding is not None:
+            noise, labels = noise * self.embedding(labels), torch.zeros_like(labels)
+        x = self.norms[0](self.project(noise).unflatten(1, self.start), labels)
+        x = F.interpolate(x, size=tuple(-(-side // 2) for side in self.size))
+        x = F.leaky_relu(self.norms[1](self.conv1(x), labels), LEAK)
+        x = F.interpolate(x, size=self.size)
+        x = F.leaky_relu(self.norms[2](self.conv2(x), labels), LEAK)
+        return F.batch_norm(self.conv3(x).tanh().float(), None, None, training=True)
+
+
+class _ClassNorm(nn.Module):
+    """Batch normalisation with a scale and shift for each class (de Vries et al., 2017); one class makes it plain."""
+
+    def __init__(self, size: int, classes: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.scale, self.shift = nn.Parameter(torch.ones(classes, size)), nn.Parameter(torch.zeros(classes, size))
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        normal = F.batch_norm(x, None, None, training=True, eps=self.eps)
+        scale, shift = (table[labels][:, :, None, None] for table in (self.scale, self.shift))
+        return torch.addcmul(shift.to(x.dtype), normal, scale.to(x.dtype))
+
+
+class Guide(Protocol):
+    """What a method adds to the common frame: further loss terms, and whatever it remembers for them."""
+
+    def terms(self, seen: Observation, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Further named, already weighted terms; randomness comes from the generator alone."""
+        ...
+
+    def after_update(self, step: int, draw: Draw) -> None:
+        """Called after each generator update, `step` of them being done."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class GeneratorSource:
+    """An `ImageSource` whose generator takes one training step before each batch it hands to the student.
+
+    Every update has randomness of its own (from the seed and its number), so state is tensors and one count.
+    """
+
+    def __init__(self, teacher: Teacher, settings: GeneratorTraining, seed: int, guide: Guide | None = None) -> None:
+        self.teacher, self.settings, self.seed, self.guide = teacher, settings, seed, guide
+        drawn = Generator.drawn(teacher.classes, teacher.image_shape, settings, stream(seed, "generator"))
+        self.generator = drawn.to(teacher.device)
+        self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=settings.lr, betas=(0.5, 0.999))
+        self.step = 0
+
+    def warm_up(self, journal: Journal) -> None:
+        """Train the generator alone, resuming from the journal; a finished warm-up is read, not repeated."""
+        checkpoint = journal.checkpoint("generator")
+        if state := checkpoint.load():
+            self.load_state_dict(state)
+        with journal.stage("generator", self.settings.warmup, start=self.step) as advance:
+            while self.step < self.settings.warmup:
+                _, terms = self._update(self.settings.batch_size)
+                advance(self.step - 1, **terms)
+                checkpoint.offer(self.state_dict)
+        checkpoint.save(self.state_dict())
+
+    def sample(self, count: int) -> Batch:
+        """`count` images of the generator as it is now; classes take turns."""
+        labels = torch.arange(count) % self.teacher.classes
+        order = torch.randperm(count, generator=stream(self.seed, "generator", "sample"))
+        images = [self._draw(chunk, f"sample {index}") for index, chunk in enumerate(labels[order].split(SAMPLE_BATCH))]
+        return Batch(torch.cat(images).cpu(), labels[order])
+
+    def batches(self, batch_size: int, student: Callable[[Tensor], Tensor] | None = None) -> Iterator[Batch]:
+        while True:
+            yield self._update(batch_size)[0]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "generator": self.generator.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "guide": self.guide.state_dict() if self.guide else {},
+            "step": self.step,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state.
+
+        Raises:
+            UserError: it belongs to a generator of other classes or shape.
+        """
+        try:
+            self.generator.load_state_dict(state["generator"])
+        except RuntimeError as error:
+            raise UserError(
+                f"The saved generator does not fit this network of {self.teacher.classes} classes and images of shape "
+                f"{self.teacher.image_shape}. Use another output folder, or the network and settings it began with."
+            ) from error
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.guide:
+            self.guide.load_state_dict(state["guide"])
+        self.step = state["step"]
+
+    def _update(self, batch_size: int) -> tuple[Batch, dict[str, float]]:
+        """One training step of the generator: the images made for it, and its loss terms."""
+        settings, generator = self.settings, stream(self.seed, "generator", self.step)
+        labels, noise = self._inputs(batch_size, generator)
+        with torch.autocast(labels.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
+            images = self.generator(noise, labels)
+            viewed = images
+            if torch.rand((), generator=generator) < settings.crop_probability:
+                viewed = random_resized_crop(images, generator, scale=(settings.crop_scale, 1.0))
+            terms = self._terms(self.teacher.observe(viewed), labels, generator)
+        total = torch.stack([term.float() for term in terms.values()]).sum()
+        if not total.isfinite():
+            raise UserError(
+                f"The generator's loss became {float(total.detach())} at update {self.step}. Lower method.lr."
+            )
+        passed = sum(self.step >= milestone for milestone in settings.milestones)
+        self.optimizer.param_groups[0]["lr"] = settings.lr * settings.lr_factor**passed
+        self.optimizer.zero_grad()
+        total.backward()
+        self.optimizer.step()
+        self.step += 1
+        if self.guide:
+            self.guide.after_update(self.step, self._draw)
+        return Batch(images.detach(), labels), {name: float(term.detach()) for name, term in terms.items()}
+
+    def _terms(self, seen: Observation, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        settings, norms = self.settings, self.teacher.batch_norms
+        terms = {
+            "class": settings.class_weight * F.cross_entropy(seen.logits.float(), labels),
+            "bn": settings.bn_weight * bn_alignment(seen, norms),
+        }
+        if settings.last_bn_weight:
+            terms["last bn"] = settings.last_bn_weight * bn_alignment(seen, norms[-1:])
+        return terms | (self.guide.terms(seen, labels, generator) if self.guide else {})
+
+    def _inputs(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        labels = torch.randint(self.teacher.classes, (count,), generator=generator)
+        noise = torch.randn(count, self.settings.latent, generator=generator)
+        return labels.to(self.teacher.device), noise.to(self.teacher.device)
+
+    @torch.no_grad()
+    def _draw(self, labels: Tensor, purpose: str) -> Tensor:
+        noise = torch.randn(len(labels), self.settings.latent, generator=stream(self.seed, "generator", purpose))
+        return self.generator(noise.to(self.teacher.device), labels.to(self.teacher.device))

@@ -1,0 +1,101 @@
+"""Tables of a comparison: from finished cells to markdown and plain numbers."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from mirageq.protocol import Protocol
+
+Row = dict[str, Any]
+
+
+def source_of(row: Row) -> str:
+    """What a row of a table is called: the method, and the variant if there is one."""
+    return f"{row['method']} {row.get('variant', '')}".strip()
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (0 for a single value)."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def accuracy_table(rows: Sequence[Row]) -> str:
+    """Markdown: a line for each source of images, and for each bit-width top-1 over seeds and its drop."""
+    bits = _in_order(row["bits"] for row in rows)
+    full = rows[0]["full_precision"]
+    lines = [
+        "| images from | " + " | ".join(f"{name} top-1 | drop" for name in bits) + " |",
+        "| --- |" + " ---: | ---: |" * len(bits),
+    ]
+    for source in _in_order(source_of(row) for row in rows):
+        cells = [_cell([r for r in rows if source_of(r) == source and r["bits"] == name], full) for name in bits]
+        lines.append(f"| {source} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def image_table(rows: Sequence[Row]) -> str:
+    """Markdown: what the images of each source are like to the teacher."""
+    lines = [
+        "| images from | recognised, % | intra-class distance | silhouette | seconds to make | seconds to tune |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for source in _in_order(source_of(row) for row in rows):
+        ours = [row for row in rows if source_of(row) == source]
+        figures = [
+            f"{mean_and_spread([row['images'][name] for row in ours])[0]:.{digits}f}"
+            for name, digits in (("recognised", 1), ("intra_class_distance", 3), ("silhouette", 3))
+        ]
+        times = [f"{statistics.mean(row['seconds'][name] for row in ours):.0f}" for name in ("synthesize", "tune")]
+        lines.append(f"| {source} | " + " | ".join(figures + times) + " |")
+    return "\n".join(lines)
+
+
+def page(protocol: Protocol, rows: Sequence[Row]) -> str:
+    """Both tables with their protocol, as markdown."""
+    if not rows:
+        return f"{protocol.sentences()}\n\nNo cell is finished yet.\n"
+    error = max(row["standard_error"] for row in rows)
+    memory = max(row["peak_memory_bytes"] for row in rows) / 2**30
+    return (
+        f"{protocol.sentences()}\n\n{accuracy_table(rows)}\n\n"
+        f"`±` is the standard deviation over seeds; the binomial error of one figure is at most {error:.2f}. "
+        f"Peak memory {memory:.1f} GiB.\n\n{image_table(rows)}\n"
+    )
+
+
+def summary(rows: Sequence[Row]) -> list[Row]:
+    """Plain numbers: one entry for each source and bit-width."""
+    entries = []
+    for source in _in_order(source_of(row) for row in rows):
+        for bits in _in_order(row["bits"] for row in rows):
+            values = [row["top1"] for row in rows if source_of(row) == source and row["bits"] == bits]
+            if values:
+                mean, spread = mean_and_spread(values)
+                full = rows[0]["full_precision"]
+                entries.append(
+                    {
+                        "images_from": source,
+                        "bits": bits,
+                        "top1": mean,
+                        "spread": spread,
+                        "seeds": len(values),
+                        "drop": full - mean,
+                    }
+                )
+    return entries
+
+
+def _cell(rows: Sequence[Row], full: float) -> str:
+    if not rows:
+        return "- | -"
+    values = [row["top1"] for row in rows]
+    mean, spread = mean_and_spread(values)
+    seeds = f" ± {spread:.2f} ({len(values)} seeds)" if len(values) > 1 else " (1 seed)"
+    return f"{mean:.2f}{seeds} | {full - mean:.2f}"
+
+
+def _in_order(values: Any) -> list[str]:
+    """Each value once, in the order of its first appearance."""
+    return list(dict.fromkeys(values))
