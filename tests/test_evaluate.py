@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
 from mirageq.data import open_images
 from mirageq.errors import UserError
-from mirageq.evaluate import Accuracy, accuracy, agreement
+from mirageq.evaluate import Accuracy, accuracy, agreement, intra_class_distance, silhouette
 
 
 def write(path, images, labels):
@@ -66,3 +68,35 @@ def test_agreement_is_the_share_of_equal_answers():
     always_three = lambda x: torch.nn.functional.one_hot(torch.full((len(x),), 3), 10).float()  # noqa: E731
     assert agreement(logits_from_first_pixel, logits_from_first_pixel, images, batch_size=3) == 100
     assert agreement(logits_from_first_pixel, always_three, images, batch_size=3) == pytest.approx(10)
+
+
+def cosine_distance(a, b):
+    return 1 - float(torch.nn.functional.cosine_similarity(a, b, dim=0))
+
+
+def test_intra_class_distance_equals_a_loop_over_pairs():
+    features, labels = torch.randn(12, 5), torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 0, 1])
+    pairs = [
+        cosine_distance(features[i], features[j])
+        for i in range(12)
+        for j in range(12)
+        if i != j and labels[i] == labels[j]
+    ]
+    assert intra_class_distance(features, labels) == pytest.approx(sum(pairs) / len(pairs), abs=1e-5)
+    assert intra_class_distance(features[:3], torch.tensor([0, 1, 2])) is None
+
+
+def test_silhouette_equals_its_definition():
+    features, labels = torch.randn(10, 4), torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2, 5])
+    values = []
+    for i in range(9):  # the last image is alone in its class
+
+        def mean_to(label, i=i):
+            others = [j for j in range(9) if labels[j] == label and j != i]
+            return sum(cosine_distance(features[i], features[j]) for j in others) / len(others)
+
+        own = mean_to(int(labels[i]))
+        nearest = min(mean_to(label) for label in (0, 1, 2) if label != int(labels[i]))
+        values.append((nearest - own) / max(nearest, own))
+    assert silhouette(features, labels) == pytest.approx(sum(values) / 9, abs=1e-5)
+    assert silhouette(features, torch.zeros(10, dtype=torch.long)) is None

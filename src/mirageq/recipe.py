@@ -162,7 +162,7 @@ def settings(kind: type, values: Table, where: str) -> Any:
         return kind()
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind, "settings")
+    parser.add_class_arguments(kind, "settings", skip=set(known) - set(values))
     for name, value in plain.items():
         try:
             parser.parse_object({"settings": {name: value, **{other: plain[other] for other in needed}}})

@@ -105,15 +105,16 @@ def feature_map(features: dict[str, Batch], path: Path, *, classes: int = 10) ->
     means = [
         directions[name][batch.labels == c].mean(0) for name, batch in shown.items() for c in batch.labels.unique()
     ]
-    middle = torch.stack(means).mean(0)
-    axes_of = torch.linalg.svd(torch.stack(means) - middle, full_matrices=False).Vh[:2]
+    points = torch.stack(means) if len(means) > 2 else torch.cat(list(directions.values()))
+    middle = points.mean(0)
+    plane = torch.linalg.svd(points - middle, full_matrices=False).Vh[:2]
     columns = min(len(shown), 3)
     lines = -(-len(shown) // columns)
     figure, axes = plt.subplots(
         lines, columns, figsize=(3.4 * columns, 3.2 * lines), squeeze=False, sharex=True, sharey=True
     )
     for axis, (name, batch) in zip(axes.flat, shown.items(), strict=False):
-        places = (directions[name] - middle) @ axes_of.T
+        places = (directions[name] - middle) @ plane.T
         axis.scatter(*places.T.tolist(), c=batch.labels.tolist(), cmap="tab10", s=6, vmin=0, vmax=classes - 1)
         axis.set_title(name, fontsize=9)
     for axis in list(axes.flat)[len(shown) :]:

@@ -44,7 +44,7 @@ def image_table(rows: Sequence[Row]) -> str:
     for source in _in_order(source_of(row) for row in rows):
         ours = [row for row in rows if source_of(row) == source]
         figures = [
-            f"{mean_and_spread([row['images'][name] for row in ours])[0]:.{digits}f}"
+            _mean([row["images"][name] for row in ours], digits)
             for name, digits in (("recognised", 1), ("intra_class_distance", 3), ("silhouette", 3))
         ]
         times = [f"{statistics.mean(row['seconds'][name] for row in ours):.0f}" for name in ("synthesize", "tune")]
@@ -94,6 +94,11 @@ def _cell(rows: Sequence[Row], full: float) -> str:
     mean, spread = mean_and_spread(values)
     seeds = f" ± {spread:.2f} ({len(values)} seeds)" if len(values) > 1 else " (1 seed)"
     return f"{mean:.2f}{seeds} | {full - mean:.2f}"
+
+
+def _mean(values: Sequence[float | None], digits: int) -> str:
+    known = [value for value in values if value is not None]
+    return f"{statistics.mean(known):.{digits}f}" if known else "-"
 
 
 def _in_order(values: Any) -> list[str]:

@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mirageq.errors import UserError
+from mirageq.methods.real import Real
+from mirageq.teacher import Teacher
+from mirageq.testing import SHAPE, TinyResNet
+
+
+@pytest.fixture
+def file(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, *SHAPE[1:], 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", images=pixels, labels=np.arange(20) % 5)
+    return tmp_path / "images.npz"
+
+
+def test_images_are_normalised_and_keep_their_labels(file):
+    teacher = Teacher.wrap(TinyResNet(), SHAPE, mean=(0.5,) * 3, std=(0.25,) * 3)
+    sample = Real(path=str(file)).synthesize(teacher, 20, seed=3).sample(20)
+    stored = np.load(file)
+    for image, label in zip(sample.images[:5], sample.labels[:5], strict=True):
+        pixels = ((image * 0.25 + 0.5) * 255).round().permute(1, 2, 0).numpy().astype(np.uint8)
+        place = [index for index in range(20) if (stored["images"][index] == pixels).all()]
+        assert stored["labels"][place[0]] == int(label)
+    other = Real(path=str(file)).synthesize(teacher, 20, seed=4).sample(20)
+    assert not torch.equal(sample.images, other.images)
+
+
+def test_too_few_images_or_no_normalisation_is_said(file):
+    teacher = Teacher.wrap(TinyResNet(), SHAPE, mean=(0.5,) * 3, std=(0.25,) * 3)
+    with pytest.raises(UserError, match="holds 20 images, and 21 were asked for"):
+        Real(path=str(file)).synthesize(teacher, 21)
+    with pytest.raises(UserError, match="give its mean and std"):
+        Real(path=str(file)).synthesize(Teacher.wrap(TinyResNet(), SHAPE), 4)

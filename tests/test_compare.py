@@ -1,0 +1,190 @@
+"""Comparisons as a user makes them, on a small real network, in process."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from mirageq import cli, compare
+from mirageq.compare import Plan
+from mirageq.errors import UserError
+from mirageq.testing import SHAPE
+
+TINY = ["py:mirageq.testing:TinyResNet", "--image-shape", ",".join(map(str, SHAPE)), "--device", "cpu"]
+NORMALISED = ["--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25"]
+RECIPE = """
+images = 12
+calibration_images = 12
+[tuner]
+steps = 3
+batch_size = 6
+"""
+PLAN = """
+bits = ["w4a4", "w3a3"]
+seeds = [0, 1]
+[methods.noise]
+[methods."zeroq, short"]
+name = "zeroq"
+iterations = 3
+[methods.clusterq]
+warmup = 3
+width = 8
+"""
+
+
+@pytest.fixture
+def place(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, *SHAPE[1:], 3), dtype=np.uint8)
+    np.savez(tmp_path / "test.npz", images=pixels, labels=np.arange(40) % 5)
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    (tmp_path / "plan.toml").write_text(f'recipe = "{tmp_path / "recipe.toml"}"\n{PLAN}')
+    return tmp_path
+
+
+def run(place, *more, out="out"):
+    data, plan = str(place / "test.npz"), str(place / "plan.toml")
+    return cli.main(["compare", *TINY, *NORMALISED, "--plan", plan, "--data", data, "--out", str(place / out), *more])
+
+
+def rows(place, out="out"):
+    return [json.loads(line) for line in (place / out / "cells.jsonl").read_text().splitlines()]
+
+
+def test_a_matrix_gives_a_table_a_plot_and_a_picture(place, capsys):
+    assert run(place) == 0
+    assert len(rows(place)) == 3 * 2 * 2
+    text = (place / "out" / "table.md").read_text()
+    assert "| zeroq, short |" in text
+    assert "(2 seeds)" in text
+    for said in ("weights ", "full precision", "Static ranges", "the last step's", "same bits"):
+        assert said in text
+    assert text in capsys.readouterr().out
+    entries = json.loads((place / "out" / "table.json").read_text())
+    assert len(entries) == 3 * 2
+    ours = [row["top1"] for row in rows(place) if row["method"] == "noise" and row["bits"] == "w4a4"]
+    assert entries[0]["top1"] == pytest.approx(np.mean(ours))
+    assert entries[0]["spread"] == pytest.approx(np.std(ours, ddof=1))
+    for name in ("accuracy.png", "features.png"):
+        assert (place / "out" / name).stat().st_size > 5000
+
+
+def test_images_serve_every_bit_width_and_cells_repeat_to_the_same_figures(place):
+    assert run(place) == 0
+    assert run(place, out="again") == 0
+    first, again = rows(place), rows(place, "again")
+    assert [row["top1"] for row in first] == [row["top1"] for row in again]
+    painted = {row["images"]["sha256"] for row in first if row["method"] == "zeroq, short" and row["seed"] == 0}
+    assert len(painted) == 1
+
+
+def test_an_interrupted_matrix_goes_on_where_it_was(place, monkeypatch, capsys):
+    whole = run(place, out="whole")
+    teach, calls = compare.teach, []
+
+    def stumbling(*args, **settings):
+        calls.append(args)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return teach(*args, **settings)
+
+    monkeypatch.setattr(compare, "teach", stumbling)
+    assert run(place) == 130
+    assert "4 cells in" in capsys.readouterr().err
+    assert len(rows(place)) == 4
+    assert run(place) == whole == 0
+    assert len(calls) == 5 + 8
+    assert [(row["label"], row["top1"]) for row in rows(place)] == [
+        (row["label"], row["top1"]) for row in rows(place, "whole")
+    ]
+
+
+def test_a_cut_line_costs_only_its_cell(place):
+    assert run(place, "--only", "noise") == 0
+    path = place / "out" / "cells.jsonl"
+    path.write_text(path.read_text()[:-30])
+    assert run(place, "--only", "noise") == 0
+    assert len(rows(place)) == 4
+
+
+def test_another_protocol_is_refused_and_nothing_is_lost(place, capsys):
+    assert run(place, "--only", "noise w4a4 seed0") == 0
+    before = (place / "out" / "cells.jsonl").read_text()
+    (place / "recipe.toml").write_text(RECIPE.replace("steps = 3", "steps = 4"))
+    assert run(place) == 2
+    said = capsys.readouterr().err
+    assert "not measured under one protocol: recipe.tuner.steps is 4 in the first and 3 in the second" in said
+    assert (place / "out" / "cells.jsonl").read_text() == before
+
+
+def test_a_method_whose_settings_changed_is_refused(place, capsys):
+    assert run(place, "--only", "zeroq", "w4a4", "seed0") == 0
+    plan = place / "plan.toml"
+    plan.write_text(plan.read_text().replace("iterations = 3", "iterations = 4"))
+    assert run(place) == 2
+    assert "zeroq, short w4a4 seed0 was made with method.iterations = 3, and the plan says 4" in capsys.readouterr().err
+    assert run(place, "--only", "w3a3", "zeroq", "seed0") == 2
+    assert "iterations = 3, and the plan says 4" in capsys.readouterr().err
+
+
+def test_show_joins_comparisons_of_one_protocol_and_refuses_others(place, capsys):
+    assert run(place, "--only", "noise", out="one") == 0
+    assert run(place, "--only", "zeroq", out="two") == 0
+    capsys.readouterr()
+    assert cli.main(["show", str(place / "one"), str(place / "two")]) == 0
+    said = capsys.readouterr().out
+    assert "| noise |" in said
+    assert "| zeroq, short |" in said
+    assert run(place, "--limit", "10", "--only", "noise", out="other") == 0
+    assert cli.main(["show", str(place / "one"), str(place / "other")]) == 2
+    assert "were not measured under one protocol: data_sha256" in capsys.readouterr().err
+    assert cli.main(["show", str(place / "one"), str(place)]) == 2
+    assert "holds no comparison" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (("seeds = [0, 1]", "seed = [0, 1]"), "has no setting 'seed'; did you mean 'seeds'"),
+        (("w3a3", "w1a3"), "bits"),
+        (("seeds = [0, 1]", 'seeds = ["a"]'), "'seeds' expects"),
+        (("seeds = [0, 1]", "seeds = []"), "at least one of its seeds"),
+        (("iterations = 3", "iteration = 3"), "has no setting 'iteration'"),
+        (("[methods.noise]", "[methods.nois]"), "There is no method 'nois'"),
+    ],
+)
+def test_a_plan_with_a_mistake_is_refused_before_anything_is_written(place, capsys, edit, message):
+    plan = place / "plan.toml"
+    plan.write_text(plan.read_text().replace(*edit))
+    assert run(place) == 2
+    assert message in capsys.readouterr().err
+    assert not (place / "out").exists()
+
+
+def test_a_folder_that_holds_something_else_is_refused(place, capsys):
+    (place / "out").mkdir()
+    (place / "out" / "letter.txt").write_text("dear")
+    assert run(place) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert [path.name for path in (place / "out").iterdir()] == ["letter.txt"]
+
+
+def test_a_comparison_without_network_data_or_folder_is_refused(capsys):
+    assert cli.main(["compare", "--methods", "noise"]) == 2
+    assert "needs a MODEL, --data and --out" in capsys.readouterr().err
+
+
+def test_the_command_line_needs_no_plan(place):
+    arguments = ["--methods", "noise", "--bits", "w8a8", "--seeds", "0", "--recipe", str(place / "recipe.toml")]
+    data = ["--data", str(place / "test.npz"), "--out", str(place / "out")]
+    assert cli.main(["compare", *TINY, *NORMALISED, *arguments, *data]) == 0
+    assert [row["label"] for row in rows(place)] == ["noise w8a8 seed0"]
+
+
+def test_variants_are_cells_of_their_own():
+    plan = Plan.of({"methods": {"noise": {}}, "variants": {"a": [], "b": ["tuner.steps=7"]}}, "plan")
+    assert [cell.label for cell in plan.cells()] == ["noise w4a4 seed0 a", "noise w4a4 seed0 b"]
+    assert plan.recipe_of(plan.cells()[1]).tuner.steps == 7
+    with pytest.raises(UserError, match="at least one of its methods"):
+        Plan.of({}, "plan")
