@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mirageq.augment import random_boxes, random_resized_crop
+from mirageq.augment import mixed, random_boxes, random_resized_crop
 
 
 def stream(seed=0):
@@ -58,3 +58,12 @@ def test_images_are_cropped_independently():
     images = torch.randn(1, 3, 32, 32, generator=stream(1)).expand(16, -1, -1, -1)
     views = random_resized_crop(images, stream())
     assert len({view.sum().item() for view in views}) == 16
+
+
+def test_mixed_images_lie_between_two_of_the_batch():
+    images = torch.eye(6)[:, :, None, None].expand(-1, -1, 2, 2)  # image n is channel n
+    blends = mixed(images, torch.Generator().manual_seed(0))[:, :, 0, 0]
+    assert blends.sum(1) == pytest.approx(torch.ones(6))
+    assert (blends > 1e-6).sum(1).max() == 2
+    assert blends.diagonal().min() > 0
+    assert len(blends.amax(1).unique()) > 3

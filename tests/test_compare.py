@@ -182,6 +182,13 @@ def test_the_command_line_needs_no_plan(place):
     assert [row["label"] for row in rows(place)] == ["noise w8a8 seed0"]
 
 
+def test_the_command_line_picks_from_the_plan(place):
+    assert run(place, "--methods", "zeroq, short", "--bits", "w4a4", "--seeds", "1") == 2  # a comma separates
+    assert run(place, "--methods", "clusterq", "--bits", "w4a4", "--seeds", "1") == 0
+    assert [row["label"] for row in rows(place)] == ["clusterq w4a4 seed1"]
+    assert rows(place)[0]["recipe"]["method"]["warmup"] == 3
+
+
 def test_variants_are_cells_of_their_own():
     plan = Plan.of({"methods": {"noise": {}}, "variants": {"a": [], "b": ["tuner.steps=7"]}}, "plan")
     assert [cell.label for cell in plan.cells()] == ["noise w4a4 seed0 a", "noise w4a4 seed0 b"]

@@ -86,7 +86,9 @@ def _evaluate(command: argparse.ArgumentParser) -> None:
 def _compare(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", nargs="?", help=MODEL)
     command.add_argument("--plan", type=Path, help="a TOML file: recipe, bits, seeds, [methods.LABEL] with settings")
-    command.add_argument("--methods", type=_words, metavar="A,B", help="with their papers' settings; default: all")
+    command.add_argument(
+        "--methods", type=_words, metavar="A,B", help="some of the plan's, or any with their papers' settings"
+    )
     command.add_argument("--bits", type=_words, metavar="w4a4,...")
     command.add_argument("--seeds", type=_numbers(int), metavar="0,1,...")
     command.add_argument("--recipe", help="what the methods share: images, scheme and tuner")

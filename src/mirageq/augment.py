@@ -75,3 +75,10 @@ def source_positions(start: Tensor, length: Tensor, size: int) -> Tensor:
     """
     inside = (torch.arange(size) + 0.5) * (length[:, None] / size) - 0.5
     return start[:, None] + inside.clamp_min(0).minimum(length[:, None] - 1.0)
+
+
+def mixed(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Blend each image of (N, C, H, W) with another of the batch, in a proportion uniform in [0, 1] (mixup, 2018)."""
+    share = torch.rand(len(images), 1, 1, 1, generator=generator).to(images.device)
+    other = images[torch.randperm(len(images), generator=generator).to(images.device)]
+    return torch.lerp(other, images, share)

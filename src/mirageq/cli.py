@@ -147,7 +147,8 @@ def _plan(options: argparse.Namespace) -> Plan:
     given = {"network": options.model, "data": options.data and str(options.data), "recipe": options.recipe}
     given |= {"bits": options.bits, "seeds": options.seeds}
     if options.methods or not table:
-        given["methods"] = {name: {} for name in options.methods or METHODS}
+        described = table.get("methods", {})
+        given["methods"] = {name: described.get(name, {}) for name in options.methods or METHODS}
     return Plan.of({**table, **{key: value for key, value in given.items() if value}}, str(options.plan or "the plan"))
 
 

@@ -37,7 +37,7 @@ def tuned(teacher, source, journal=None, **settings):
     return student, journal
 
 
-@pytest.mark.parametrize("settings", [{}, {"optimizer": "adam", "lr": 1e-3}, {"feature_weight": 1.0}])
+@pytest.mark.parametrize("settings", [{}, {"optimizer": "adam", "lr": 1e-3}, {"feature_weight": 1.0}, {"mix": True}])
 def test_the_loss_falls_and_the_answers_come_closer(teacher, source, settings):
     student, journal = tuned(teacher, source, **settings)
     kd = [row["kd"] for row in journal.history]
@@ -139,6 +139,7 @@ def test_a_clipped_gradient_moves_less(teacher, source):
         ({"optimizer": "lamb"}, "Unknown optimizer 'lamb'; Known: adam, sgd"),
         ({"schedule": "linear"}, "Unknown schedule 'linear'"),
         ({"crop_scale": 2.0}, "crop_scale is a fraction"),
+        ({"mix": True, "ce_weight": 1.0}, "Mixed images have no label to learn"),
     ],
 )
 def test_settings_that_make_no_sense_are_told(settings, message):

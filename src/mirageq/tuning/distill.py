@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mirageq.augment import random_resized_crop
+from mirageq.augment import mixed, random_resized_crop
 from mirageq.errors import UserError, check_choices
 from mirageq.images import Batch, ImageSource
 from mirageq.journal import Journal
@@ -49,6 +49,8 @@ class Distill:
         feature_weight: weight of the mean squared error of the penultimate features.
         clip_norm: largest gradient norm of an update; 0 does not clip.
         crop_scale: smallest area of the random crops (with mirroring) the images are seen through; 1 shows them whole.
+        mix: blend each image with another one of its batch; the teacher answers for the blend (TexQ's fine-tuning). It
+            keeps a student from learning a small set by heart. Labels mean nothing then, so `ce_weight` must be 0.
     """
 
     steps: int = 1000
@@ -67,6 +69,7 @@ class Distill:
     feature_weight: float = 0.0
     clip_norm: float = 0.0
     crop_scale: float = 0.5
+    mix: bool = False
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -77,6 +80,8 @@ class Distill:
             )
         if not 0 < self.crop_scale <= 1:
             raise UserError(f"crop_scale is a fraction of the image's area in (0, 1]; got {self.crop_scale}.")
+        if self.mix and self.ce_weight:
+            raise UserError(f"Mixed images have no label to learn: mix needs ce_weight = 0; got {self.ce_weight}.")
 
     def tune(
         self, teacher: Teacher, student: Student, source: ImageSource, *, seed: int = 0, journal: Journal | None = None
@@ -196,6 +201,8 @@ class _Run:
         images, labels = batch.images.to(device), batch.labels.to(device)
         if self.settings.crop_scale < 1:
             images = random_resized_crop(images, self.generator, scale=(self.settings.crop_scale, 1.0))
+        if self.settings.mix:
+            images = mixed(images, self.generator)
         return Batch(images, labels)
 
     def _keep(self) -> None:
