@@ -26,6 +26,7 @@ def parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
         ("synthesize", "only make images", [network, making], _synthesize),
         ("evaluate", "top-1 and top-5 on labelled images", [network, measuring], _evaluate),
         ("compare", "methods x bits x seeds on one network, cell by cell", [network, measuring], _compare),
+        ("export", "a run's student as an ONNX file of integers, proved in real runtimes", [measuring], _export),
         ("methods", "the synthesis methods and their cards", [], _methods),
         ("show", "a run's summary, contact sheet and loss curves; or the table of comparisons", [], _show),
     ):
@@ -95,6 +96,16 @@ def _compare(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", type=Path, help="folder of the comparison; finished cells in it are kept")
     command.add_argument("--work", type=Path, help="where images and unfinished cells are kept (default: OUT/work)")
     command.add_argument("--only", nargs="*", default=[], metavar="TEXT", help="cells whose label has all of these")
+
+
+def _export(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run", type=Path, help="a finished run")
+    command.add_argument("--out", type=Path, required=True, help="the file to write, something.onnx")
+    command.add_argument("--profile", default="ort", help="runtime it is for: ort (default), openvino, tensorrt")
+    command.add_argument("--pack-weights", action="store_true", help="weights of 4 bits and below as INT4, for storage")
+    command.add_argument("--runtimes", type=_words, metavar="A,B", help="to prove it in: onnxruntime, openvino")
+    command.add_argument("--images", type=int, default=500, help="how many images prove it (default: 500)")
+    command.add_argument("--threads", type=int, default=0, help="of the runtime; 0 leaves the choice to it")
 
 
 def _methods(command: argparse.ArgumentParser) -> None:

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as Grid
+from torch import Tensor
 
 from mirageq import methods, recipe
 from mirageq.arguments import parser
@@ -21,7 +22,7 @@ from mirageq.images import Batch
 from mirageq.methods import METHODS
 from mirageq.protocol import Protocol
 from mirageq.run import IMAGES, RECORD, NetworkChoice, Run, check_folder, load_teacher
-from mirageq.tables import page, summary
+from mirageq.tables import describe, page, summary
 from mirageq.teacher import Teacher
 
 INTERRUPTED = 130
@@ -108,6 +109,37 @@ def _evaluate(options: argparse.Namespace) -> None:
     mean, std = options.mean or teacher.mean, options.std or teacher.std
     for name, network in networks.items():
         print(f"{name:>20}: {accuracy(network, data, mean, std, device=str(teacher.device))}")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from mirageq.export import deliver
+
+    run = Run.open(options.run)
+    teacher = load_teacher(run.choice)
+    student = run.student(teacher)
+    if options.out.exists():
+        raise UserError(f"{options.out} exists already; give another name.")
+    delivery = deliver(
+        student,
+        teacher,
+        _proving_images(options, run, teacher),
+        options.out,
+        profile=options.profile,
+        pack_weights=options.pack_weights,
+        runtimes=options.runtimes,
+        threads=options.threads,
+    )
+    for line in describe(delivery):
+        console.print(line, highlight=False)
+
+
+def _proving_images(options: argparse.Namespace, run: Run, teacher: Teacher) -> Tensor:
+    """Labelled images if the user gave some, else the run's own."""
+    if options.data:
+        from mirageq.methods.real import Real
+
+        return Real(path=str(options.data)).synthesize(teacher, options.images).sample(options.images).images
+    return run.images().sample(options.images).images
 
 
 def _methods(options: argparse.Namespace) -> None:
@@ -245,6 +277,7 @@ COMMANDS = {
     "synthesize": _synthesize,
     "evaluate": _evaluate,
     "compare": _compare,
+    "export": _export,
     "methods": _methods,
     "show": _show,
 }

@@ -177,7 +177,7 @@ class GeneratorSource:
     def __init__(self, teacher: Teacher, settings: GeneratorTraining, seed: int, guide: Guide | None = None) -> None:
         self.teacher, self.settings, self.seed, self.guide = teacher, settings, seed, guide
         drawn = Generator.drawn(teacher.classes, teacher.image_shape, settings, stream(seed, "generator"))
-        self.generator = drawn.to(teacher.device, memory_format=torch.channels_last)  # 1.15 times faster on a CPU
+        self.generator = drawn.to(teacher.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=settings.lr, betas=(0.5, 0.999))
         self.step = 0
 

@@ -6,6 +6,9 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from rich.table import Table as Grid
+
+from mirageq.export import Delivery
 from mirageq.protocol import Protocol
 
 Row = dict[str, Any]
@@ -85,6 +88,34 @@ def summary(rows: Sequence[Row]) -> list[Row]:
                     }
                 )
     return entries
+
+
+def describe(delivery: Delivery) -> list[str | Grid]:
+    """What there is to say of an exported file, for the terminal."""
+    sizes = Grid("bytes of", "MB", box=None, pad_edge=False)
+    for name, count in (
+        ("the student, weights in exactly their bits", delivery.logical_bytes),
+        ("the file's tensors, integers in their containers", delivery.container_bytes),
+        ("the file", delivery.file_bytes),
+        ("the full-precision network as a file", delivery.float_file_bytes),
+    ):
+        sizes.add_row(name, f"{count / 1e6:.2f}")
+    proofs = Grid(
+        "proved in", "images", "same class", "same logits", "ms", "ms in float", "faster", box=None, pad_edge=False
+    )
+    for proof in delivery.verifications:
+        proofs.add_row(
+            proof.runtime,
+            str(proof.count),
+            f"{proof.agreement:.1f} %",
+            f"{proof.exact:.1f} %",
+            f"{proof.milliseconds:.2f}",
+            f"{proof.float_milliseconds:.2f}",
+            f"{proof.speedup:.2f}x",
+        )
+    left = [f"left in float: {name}: {reason}" for name, reason in delivery.left_in_float]
+    structure = f"the profile '{delivery.profile}' is checked for its structure only"
+    return [sizes, "", proofs if delivery.verifications else structure, "", *left, f"wrote {delivery.path}"]
 
 
 def _cell(rows: Sequence[Row], full: float) -> str:

@@ -1,0 +1,206 @@
+"""A student's graph with its quantizers replaced by the ONNX operations that compute the same integers.
+
+    weight      DequantizeLinear(integer initialiser, scale, zero point), per output channel
+    activation  QuantizeLinear -> Clip (below 8 bits) -> DequantizeLinear, per tensor
+    bias        DequantizeLinear(int32 initialiser, s_x * s_w)
+
+A code of k < 8 bits lies in an 8-bit container; the clip keeps it in its k bits. ONNX Runtime, OpenVINO and TensorRT
+each fuse such pairs around an operation into its integer kernel.
+"""
+
+# fx types an argument of a node as a union of everything:
+# mypy: disable-error-code="union-attr, arg-type, operator, return-value"
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+
+from mirageq.errors import UserError
+from mirageq.graph import stored
+from mirageq.quant import Student
+from mirageq.quant.fake_quant import grid
+from mirageq.quant.operations import CLAMPS, kind, limits
+from mirageq.quant.quantizers import ActivationQuantizer, BiasQuantizer, WeightQuantizer
+
+OPSET = 21
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a runtime wants of a QDQ file.
+
+    Attributes:
+        name: of the profile.
+        runtime: that must agree with the student; None where only its own hardware runs it.
+        symmetric: activations must be signed with zero point 0.
+        fewest_bits: of an activation.
+        integer_bias: biases as int32 in steps of the accumulator; otherwise their rounded values in float.
+        clip_codes: where activations below 8 bits are clipped: integers after rounding, or real numbers before it.
+    """
+
+    name: str
+    runtime: str | None
+    symmetric: bool = False
+    fewest_bits: int = 2
+    integer_bias: bool = True
+    clip_codes: bool = True
+
+
+PROFILES = {
+    "ort": Profile("ort", "onnxruntime"),
+    "openvino": Profile("openvino", "openvino", clip_codes=False),
+    "tensorrt": Profile("tensorrt", None, symmetric=True, fewest_bits=8, integer_bias=False),
+}
+
+
+def integer_network(student: Student, profile: Profile) -> GraphModule:
+    """Images -> logits with ONNX quantization operations, ready for `torch.onnx.export`.
+
+    Raises:
+        UserError: the student is not calibrated, or its grids are not what the profile's runtime takes.
+    """
+    _check(student, profile)
+    network = student.logits_network()
+    graph = network.graph
+    parts = {node: network.get_submodule(node.target) for node in graph.find_nodes(op="call_module")}
+    for node, part in parts.items():  # biases first: they need the weights' quantizers
+        if isinstance(part, BiasQuantizer):
+            bias, input_scale, weight_scale = node.args
+            source = weight_scale.args[0]
+            _, scale = parts[source](stored(network, source.args[0]))
+            values = stored(network, bias)
+            step = (stored(network, input_scale) * scale.flatten()).detach()
+            exact = _IntegerBias(values, step) if profile.integer_bias else _FloatBias(part, values, step)
+            _replace(network, node, exact, f"bias_{node.name}")
+    for node, part in parts.items():
+        if isinstance(part, WeightQuantizer):
+            integer = _IntegerWeight(part, stored(network, node.args[0]))
+            for reader in list(node.users):
+                if reader.args[1] == 0:
+                    _replace(network, reader, integer, f"weight_{node.name}")
+        elif isinstance(part, ActivationQuantizer):
+            _leave_clamp_to_grid(node, part)
+            network.set_submodule(node.target, _IntegerActivation(part, profile.clip_codes))
+    graph.eliminate_dead_code()
+    graph.lint()
+    return GraphModule(network, graph).eval()
+
+
+def packable(network: GraphModule, bits: int) -> set[str]:
+    """The names of the integer weights that fit in `bits` bits, as `torch.onnx.export` calls them."""
+    return {
+        f"{name}.codes"
+        for name, part in network.named_modules()
+        if isinstance(part, _IntegerWeight) and part.bits <= bits
+    }
+
+
+def _check(student: Student, profile: Profile) -> None:
+    for name, part in student.activation_quantizers.items():
+        if not part.ready:
+            raise UserError(f"The activation '{name}' has no range yet; calibrate the student before exporting it.")
+        if part.bits < profile.fewest_bits:
+            raise UserError(
+                f"The profile '{profile.name}' takes activations of at least {profile.fewest_bits} bits, and '{name}' "
+                f"has {part.bits}. Use the profile 'ort', or quantize to 8 bits."
+            )
+        if profile.symmetric and not part.symmetric:
+            raise UserError(
+                f"The profile '{profile.name}' takes symmetric grids only, and the activation '{name}' has a zero "
+                "point. Quantize with scheme.activation_symmetric=true."
+            )
+
+
+def _leave_clamp_to_grid(node: Node, quantizer: ActivationQuantizer) -> None:
+    """Skip a ReLU or ReLU6 right before a quantizer whose grid ends where it cuts: the saturation does the same.
+
+    At 8 bits runtimes find that out themselves; below, their view ends at the 8-bit container, and a clamp between a
+    convolution and its quantizer would keep the convolution in float.
+    """
+    clamp = node.args[0]
+    if kind(clamp) not in CLAMPS or len(clamp.users) > 1:
+        return
+    scale, zero_point = float(quantizer.scale), float(quantizer.zero_point)  # type: ignore[arg-type]
+    lowest, highest = grid(quantizer.bits, quantizer.symmetric)
+    low, high = (value / scale + zero_point for value in limits(clamp))
+    if low <= lowest + 0.5 and high >= highest - 0.5:
+        node.update_arg(0, clamp.args[0])
+
+
+def _replace(network: GraphModule, node: Node, part: nn.Module, name: str) -> None:
+    """Let the readers of `node` read `part()` instead."""
+    network.add_submodule(name, part)
+    graph: Graph = network.graph
+    with graph.inserting_before(node):
+        new = graph.call_module(name, ())
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+
+
+def _symbolic(
+    operation: str, inputs: tuple[Tensor, ...], like: Tensor, dtype: torch.dtype, **attributes: int
+) -> Tensor:
+    result: Tensor = torch.onnx.ops.symbolic(
+        operation, inputs, attributes, dtype=dtype, shape=like.shape, version=OPSET
+    )
+    return result
+
+
+class _IntegerActivation(nn.Module):
+    def __init__(self, quantizer: ActivationQuantizer, clip_codes: bool) -> None:
+        super().__init__()
+        low, high = grid(quantizer.bits, quantizer.symmetric)
+        scale, zero_point = float(quantizer.scale), float(quantizer.zero_point)  # type: ignore[arg-type]
+        self.range = ((low - zero_point) * scale, (high - zero_point) * scale)
+        self.clip_codes = clip_codes
+        self.container = torch.int8 if quantizer.symmetric else torch.uint8
+        self.clip = quantizer.bits < 8
+        self.register_buffer("scale", quantizer.scale.clone())  # type: ignore[operator]
+        for name, value in (("zero_point", int(quantizer.zero_point)), ("low", low), ("high", high)):
+            self.register_buffer(name, torch.tensor(value, dtype=self.container))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.clip and not self.clip_codes:
+            x = x.clamp(*self.range)
+        codes = _symbolic("QuantizeLinear", (x, self.scale, self.zero_point), x, self.container)
+        if self.clip and self.clip_codes:
+            codes = _symbolic("Clip", (codes, self.low, self.high), x, self.container)
+        return _symbolic("DequantizeLinear", (codes, self.scale, self.zero_point), x, torch.float32)
+
+
+class _IntegerWeight(nn.Module):
+    def __init__(self, quantizer: WeightQuantizer, weight: Tensor) -> None:
+        super().__init__()
+        self.bits = quantizer.bits
+        container = torch.int8 if quantizer.symmetric else torch.uint8
+        scale, zero_point = quantizer.affine(weight)
+        self.register_buffer("codes", quantizer.codes(weight).to(container))
+        self.register_buffer("scale", scale.detach().flatten().clone())
+        self.register_buffer("zero_point", zero_point.detach().flatten().to(container))
+
+    def forward(self) -> Tensor:
+        inputs = (self.codes, self.scale, self.zero_point)
+        return _symbolic("DequantizeLinear", inputs, self.codes, torch.float32, axis=0)
+
+
+class _IntegerBias(nn.Module):
+    def __init__(self, bias: Tensor, step: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("codes", torch.round(bias.detach() / step).to(torch.int32))
+        self.register_buffer("scale", step)
+
+    def forward(self) -> Tensor:
+        return _symbolic("DequantizeLinear", (self.codes, self.scale), self.codes, torch.float32, axis=0)
+
+
+class _FloatBias(nn.Module):
+    def __init__(self, rounding: BiasQuantizer, bias: Tensor, step: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("values", rounding(bias.detach(), step, torch.ones_like(step)))
+
+    def forward(self) -> Tensor:
+        return self.values.clone()

@@ -1,0 +1,171 @@
+"""ONNX files: a student as quantize-dequantize pairs around integer weights, and its teacher in float."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import re
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from mirageq.errors import UserError
+from mirageq.export.emit import OPSET, PROFILES, integer_network, packable
+from mirageq.quant import Student
+from mirageq.quant.operations import kind
+from mirageq.quant.placement import activations, name_of
+from mirageq.teacher import Teacher
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+IR_VERSION = 10
+
+
+def export_student(
+    student: Student, teacher: Teacher, path: Path, *, profile: str = "ort", pack_weights: bool = False
+) -> None:
+    """Write a calibrated student as an ONNX QDQ file (opset 21, IR version 10, any batch size).
+
+    Input `images`, normalised (N, C, H, W) float32; output `logits` (N, classes). The file's metadata hold the
+    normalisation and what was quantized.
+
+    Args:
+        profile: the runtime it is for, one of `PROFILES`.
+        pack_weights: store weights of at most 4 bits as INT4 tensors, two to a byte. Smaller, but runtimes unpack them
+            for each image; for storage.
+
+    Raises:
+        UserError: an operation without ONNX counterpart (named with its layer), grids the profile does not take, or a
+            path that cannot be written.
+    """
+    if profile not in PROFILES:
+        raise UserError(f"There is no export profile '{profile}'; there are {', '.join(PROFILES)}.")
+    network = integer_network(student, PROFILES[profile])
+    model = _translate(network, student, teacher)
+    if pack_weights:
+        _pack(model, packable(network, 4))
+    scheme = student.scheme
+    facts = {
+        "mirageq.bits": scheme.bits,
+        "mirageq.placement": scheme.placement,
+        "mirageq.profile": profile,
+        "mirageq.mean": ",".join(map(str, teacher.mean or ())),
+        "mirageq.std": ",".join(map(str, teacher.std or ())),
+    }
+    model.metadata_props.update(facts)
+    _write(model, path)
+
+
+def export_teacher(teacher: Teacher, path: Path) -> None:
+    """Write the full-precision network as ONNX, with the same input and output; for comparison."""
+    _write(_translate(teacher.network, None, teacher), path)
+
+
+def require_onnx() -> None:
+    """Raise a `UserError` unless the packages that write ONNX are installed."""
+    try:
+        import onnx_ir  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"Exporting needs {error.name}: pip install 'mirageq[onnx]'.") from error
+
+
+def _translate(network: nn.Module, student: Student | None, teacher: Teacher) -> ir.Model:
+    require_onnx()
+    example = torch.zeros(2, *teacher.image_shape, device=teacher.device)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _quiet("torch.onnx"):
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                network,
+                (example,),
+                dynamo=True,
+                opset_version=OPSET,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                input_names=["images"],
+                output_names=["logits"],
+                verbose=False,
+            )
+    except Exception as error:
+        raise UserError(_unsupported(error, student)) from error
+    assert program is not None
+    model: ir.Model = program.model
+    model.ir_version = min(model.ir_version, IR_VERSION)
+    for node in model.graph:  # stack traces of the export, as large as the weights
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+    return model
+
+
+def _unsupported(error: BaseException, student: Student | None) -> str:
+    """One sentence that names the operation without ONNX counterpart, and its layer."""
+    causes, text = error, ""
+    while causes is not None:
+        text += f" {causes}"
+        causes = causes.__cause__ or causes.__context__  # type: ignore[assignment]
+    found = re.search(r"aten[.:]+(\w+)", text)
+    if found and student:
+        flow = activations(student.network.graph)
+        for node in flow:
+            if kind(node) == found[1]:
+                return (
+                    f"ONNX has no operation for '{kind(node)}' at '{name_of(node, flow)}'. "
+                    "Replace it in the network by operations ONNX knows."
+                )
+    first = str(error).strip().splitlines()[0]
+    return f"The network cannot be written as ONNX: {first}"
+
+
+def _pack(model: ir.Model, names: set[str]) -> None:
+    """Store these initialisers, and the zero points that go with them, in 4 bits."""
+    import ml_dtypes
+    import onnx_ir as ir
+
+    for node in model.graph:
+        if node.op_type == "DequantizeLinear" and node.inputs[0] is not None and node.inputs[0].name in names:
+            for index in (0, 2):  # codes and zero points; a zero point may be shared with a wider weight
+                value = node.inputs[index]
+                assert value is not None
+                assert value.const_value is not None
+                array = value.const_value.numpy()
+                name = f"{value.name}_packed"
+                if name not in model.graph.initializers:
+                    packed = ir.tensor(array.astype(ml_dtypes.int4 if array.dtype.kind == "i" else ml_dtypes.uint4))
+                    model.graph.register_initializer(
+                        ir.Value(name=name, type=ir.TensorType(packed.dtype), const_value=packed)
+                    )
+                node.replace_input_with(index, model.graph.initializers[name])
+    for name in [name for name, value in model.graph.initializers.items() if not value.uses()]:
+        del model.graph.initializers[name]
+
+
+def _write(model: ir.Model, path: Path) -> None:
+    import onnx_ir as ir
+
+    written = path.with_name(f"{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ir.save(model, written)
+        os.replace(written, path)
+    except OSError as error:
+        written.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written: {error.strerror}.") from error
+
+
+@contextlib.contextmanager
+def _quiet(name: str):
+    """No log lines below an error from a library."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
