@@ -10,8 +10,8 @@ from typing import Any
 
 from mirageq.data import LabelledImages
 from mirageq.errors import UserError
-from mirageq.images import hash_tensors
 from mirageq.recipe import Recipe, Table, describe
+from mirageq.storage import network_hash
 from mirageq.teacher import Teacher
 
 SELECTION = "the last step's; no label chooses anything"
@@ -50,7 +50,7 @@ class Protocol:
         """The protocol of measuring `teacher`, whose top-1 is `full` percent, on `data` under `recipe`."""
         return Protocol(
             network=network,
-            weights_sha256=hash_tensors(dict(teacher.network.state_dict())),
+            weights_sha256=network_hash(teacher),
             data=name,
             data_sha256=data.digest(),
             count=data.count,

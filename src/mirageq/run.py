@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.export import ExportedProgram
 
 import mirageq
 from mirageq import models
@@ -21,8 +21,9 @@ from mirageq.errors import UserError
 from mirageq.images import ImageSource, SyntheticSet, hash_tensors
 from mirageq.journal import Journal
 from mirageq.pipeline import Result, quantize
-from mirageq.quant import Scheme, Student, convert
+from mirageq.quant import Student
 from mirageq.recipe import Recipe, Table, build, describe, settings
+from mirageq.storage import load_student, network_hash, save_student
 from mirageq.teacher import Teacher
 
 FORMAT = 1
@@ -83,7 +84,7 @@ class Run:
                 "device": str(teacher.device),
             },
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "network": {**asdict(choice), "sha256": _network_hash(teacher), "classes": teacher.classes},
+            "network": {**asdict(choice), "sha256": network_hash(teacher), "classes": teacher.classes},
             "seed": seed,
             "recipe": describe(recipe),
         }
@@ -139,7 +140,7 @@ class Run:
         Raises:
             UserError: the network is not the one the run began with.
         """
-        if _network_hash(teacher) != self.record["network"]["sha256"]:
+        if network_hash(teacher) != self.record["network"]["sha256"]:
             raise UserError(f"The network has changed since {self.folder} was begun; start a new run for it.")
         journal = Journal(self.folder, console, checkpoint_seconds=checkpoint_seconds)
         try:
@@ -164,14 +165,7 @@ class Run:
             raise UserError(
                 f"{self.folder} holds an unfinished run; finish it with: mirageq quantize --resume {self.folder}"
             )
-        student = convert(teacher.network, settings(Scheme, self.record["recipe"]["scheme"], "scheme"))
-        try:
-            student.load_state_dict(load_file(self.folder / STUDENT))
-        except (OSError, SafetensorError, RuntimeError) as error:
-            raise UserError(
-                f"{self.folder / STUDENT} does not hold this run's student ({str(error).splitlines()[0]})."
-            ) from error
-        return student.to(teacher.device)
+        return load_student(self.folder / STUDENT, teacher)
 
     def _carry_out(self, teacher: Teacher, journal: Journal) -> Result | None:
         recipe = self.recipe
@@ -190,7 +184,7 @@ class Run:
             seed=self.seed,
             journal=journal,
         )
-        self._finish(result.source, result.seconds, result.student)
+        self._finish(result.source, result.seconds, result)
         return result
 
     def _discard_unless_begun(self) -> None:
@@ -199,15 +193,14 @@ class Run:
             (self.folder / RECORD).unlink()
             self.folder.rmdir()
 
-    def _finish(self, source: ImageSource, seconds: dict[str, float], student: Student | None) -> None:
+    def _finish(self, source: ImageSource, seconds: dict[str, float], result: Result | None) -> None:
         if not (self.folder / IMAGES).exists():
             SyntheticSet(*source.sample(self.recipe.images)).save(self.folder / IMAGES)
         images = self.images()
         self.record["images"] = {"count": len(images), "sha256": images.digest()}
-        if student is not None:
-            state = {name: tensor.contiguous().clone() for name, tensor in student.state_dict().items()}
-            save_file(state, self.folder / STUDENT)
-            self.record["student"] = {"sha256": hash_tensors(state), **asdict(student.size())}
+        if result:
+            state = save_student(result.student, result.teacher, self.folder / STUDENT)
+            self.record["student"] = {"sha256": hash_tensors(state), **asdict(result.student.size())}
         checkpoints = self.folder / "checkpoints"
         if checkpoints.is_dir() and not any(checkpoints.iterdir()):
             checkpoints.rmdir()
@@ -220,6 +213,39 @@ class Run:
         written = self.folder / f"{RECORD}.new"
         written.write_text(json.dumps(self.record, indent=2) + "\n")
         os.replace(written, self.folder / RECORD)
+
+
+def load(
+    path: Path | str,
+    model: nn.Module | ExportedProgram | None = None,
+    *,
+    image_shape: tuple[int, int, int] | None = None,
+    device: str = "cpu",
+) -> Student:
+    """The quantized network in a run's folder, or in a file that `save_student` wrote. Nothing is unpickled.
+
+    Args:
+        path: a folder of `mirageq quantize`, which knows its network, or a `.safetensors` file.
+        model, image_shape: the full-precision network the student was made from; needed for a file, and for a folder
+            whose network cannot be found by its name any more.
+
+    Raises:
+        UserError: missing, damaged, of another format, or of another network.
+
+    Example:
+        >>> student = mirageq.load("runs/first")
+        >>> logits = student(images)
+    """
+    path = Path(path)
+    if model is not None:
+        if image_shape is None:
+            raise UserError("Give image_shape=(channels, height, width) with the model.")
+        teacher = Teacher.wrap(model, image_shape, device=device)
+        return load_student(path / STUDENT if path.is_dir() else path, teacher)
+    if not path.is_dir():
+        raise UserError(f"{path} is not the folder of a run; for a file, give the model it was made from as well.")
+    run = Run.open(path)
+    return run.student(load_teacher(run.choice, device))
 
 
 def check_folder(folder: Path) -> None:
@@ -239,10 +265,6 @@ def check_folder(folder: Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"The output folder {folder} cannot be written: {error.strerror}.") from error
-
-
-def _network_hash(teacher: Teacher) -> str:
-    return hash_tensors(dict(teacher.network.state_dict()))
 
 
 def versions() -> dict[str, str]:
