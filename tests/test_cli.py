@@ -278,3 +278,14 @@ def test_resuming_says_what_is_wrong(finished, tmp_path, capsys):
 def test_a_missing_model_or_output_is_told(capsys):
     assert cli.main(["quantize", "--bits", "w4a4"]) == 2
     assert "needs a MODEL and --out FOLDER" in capsys.readouterr().err
+
+
+def test_export_writes_a_proved_file_and_says_what_it_is(finished, tmp_path, capsys):
+    out = tmp_path / "model.onnx"
+    assert cli.main(["export", str(finished), "--out", str(out), "--runtimes", "onnxruntime", "--threads", "1"]) == 0
+    said = capsys.readouterr().out
+    for words in ("bytes of", "the file", "onnxruntime", "same class", "left in float", f"wrote {out}"):
+        assert words in said.replace("\n", " ") or words in said
+    assert out.stat().st_size > 1000
+    assert cli.main(["export", str(finished), "--out", str(out)]) == 2
+    assert "exists already" in capsys.readouterr().err

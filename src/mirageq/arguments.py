@@ -27,6 +27,7 @@ def parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
         ("evaluate", "top-1 and top-5 on labelled images", [network, measuring], _evaluate),
         ("compare", "methods x bits x seeds on one network, cell by cell", [network, measuring], _compare),
         ("export", "a run's student as an ONNX file of integers, proved in real runtimes", [measuring], _export),
+        ("pack", "a run's images as a calibration pack for other tools", [], _pack),
         ("methods", "the synthesis methods and their cards", [], _methods),
         ("show", "a run's summary, contact sheet and loss curves; or the table of comparisons", [], _show),
     ):
@@ -106,6 +107,14 @@ def _export(command: argparse.ArgumentParser) -> None:
     command.add_argument("--runtimes", type=_words, metavar="A,B", help="to prove it in: onnxruntime, openvino")
     command.add_argument("--images", type=int, default=500, help="how many images prove it (default: 500)")
     command.add_argument("--threads", type=int, default=0, help="of the runtime; 0 leaves the choice to it")
+
+
+def _pack(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run", type=Path, help="a finished run, of quantize or synthesize")
+    command.add_argument("--out", type=Path, required=True, help="new folder of the pack")
+    command.add_argument("--count", type=int, help="only the first so many images")
+    command.add_argument("--numpy", type=Path, metavar="FILE", help="also as one array, normalised, channels last")
+    command.add_argument("--folder", type=Path, help="also as PNG images by class")
 
 
 def _methods(command: argparse.ArgumentParser) -> None:

@@ -142,6 +142,29 @@ def _proving_images(options: argparse.Namespace, run: Run, teacher: Teacher) -> 
     return run.images().sample(options.images).images
 
 
+def _pack(options: argparse.Namespace) -> None:
+    from mirageq.adapters import write_folder, write_numpy
+    from mirageq.pack import open_pack, write_pack
+
+    run = Run.open(options.run)
+    images = run.images()
+    made_by = {
+        "network": run.choice.name,
+        "network_sha256": run.record["network"]["sha256"],
+        "method": run.record["recipe"]["method"]["name"],
+        "seed": run.seed,
+    }
+    manifest = write_pack(images.sample(options.count or len(images)), load_teacher(run.choice), options.out, made_by)
+    pack = open_pack(options.out)
+    if options.numpy:
+        write_numpy(pack, options.numpy)
+    if options.folder:
+        write_folder(pack, options.folder)
+    print(
+        f"wrote {manifest.count} images to {options.out}; {100 * manifest.clipped:.2f} % of their values were clipped"
+    )
+
+
 def _methods(options: argparse.Namespace) -> None:
     if options.name:
         method = methods.find(options.name)
@@ -278,6 +301,7 @@ COMMANDS = {
     "evaluate": _evaluate,
     "compare": _compare,
     "export": _export,
+    "pack": _pack,
     "methods": _methods,
     "show": _show,
 }

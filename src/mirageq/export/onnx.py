@@ -47,7 +47,7 @@ def export_student(
     if profile not in PROFILES:
         raise UserError(f"There is no export profile '{profile}'; there are {', '.join(PROFILES)}.")
     network = integer_network(student, PROFILES[profile])
-    model = _translate(network, student, teacher)
+    model = _translate(network, teacher)
     if pack_weights:
         _pack(model, packable(network, 4))
     scheme = student.scheme
@@ -64,7 +64,7 @@ def export_student(
 
 def export_teacher(teacher: Teacher, path: Path) -> None:
     """Write the full-precision network as ONNX, with the same input and output; for comparison."""
-    _write(_translate(teacher.network, None, teacher), path)
+    _write(_translate(teacher.network, teacher), path)
 
 
 def require_onnx() -> None:
@@ -76,7 +76,7 @@ def require_onnx() -> None:
         raise UserError(f"Exporting needs {error.name}: pip install 'mirageq[onnx]'.") from error
 
 
-def _translate(network: nn.Module, student: Student | None, teacher: Teacher) -> ir.Model:
+def _translate(network: nn.Module, teacher: Teacher) -> ir.Model:
     require_onnx()
     example = torch.zeros(2, *teacher.image_shape, device=teacher.device)
     try:
@@ -93,7 +93,7 @@ def _translate(network: nn.Module, student: Student | None, teacher: Teacher) ->
                 verbose=False,
             )
     except Exception as error:
-        raise UserError(_unsupported(error, student)) from error
+        raise UserError(_unsupported(error, teacher)) from error
     assert program is not None
     model: ir.Model = program.model
     model.ir_version = min(model.ir_version, IR_VERSION)
@@ -104,17 +104,17 @@ def _translate(network: nn.Module, student: Student | None, teacher: Teacher) ->
     return model
 
 
-def _unsupported(error: BaseException, student: Student | None) -> str:
+def _unsupported(error: BaseException, teacher: Teacher) -> str:
     """One sentence that names the operation without ONNX counterpart, and its layer."""
     causes, text = error, ""
     while causes is not None:
         text += f" {causes}"
         causes = causes.__cause__ or causes.__context__  # type: ignore[assignment]
-    found = re.search(r"aten[.:]+(\w+)", text)
-    if found and student:
-        flow = activations(student.network.graph)
+    found = re.search(r"No ONNX function found for <OpOverload\(op='\w+\.(\w+)'", text)
+    if found:
+        flow = activations(teacher.network.graph)
         for node in flow:
-            if kind(node) == found[1]:
+            if kind(node).endswith(found[1]):  # its decomposition may go by a shorter name
                 return (
                     f"ONNX has no operation for '{kind(node)}' at '{name_of(node, flow)}'. "
                     "Replace it in the network by operations ONNX knows."
@@ -155,7 +155,8 @@ def _write(model: ir.Model, path: Path) -> None:
         ir.save(model, written)
         os.replace(written, path)
     except OSError as error:
-        written.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            written.unlink()
         raise UserError(f"{path} cannot be written: {error.strerror}.") from error
 
 
