@@ -13,6 +13,7 @@ from mirageq.quant.fake_quant import (
     fake_quantize,
     grid,
     integers,
+    learned_fake_quantize,
     round_bias,
 )
 
@@ -140,3 +141,33 @@ def test_compiles_to_the_same_graph_without_breaks():
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     assert torch.equal(compiled(x), step(x))
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 7), (-4, 3)])
+def test_a_learned_step_gives_the_same_numbers_and_the_papers_gradients(low, high):
+    x, scale, zero_point = torch.linspace(-3, 3, 41).requires_grad_(), torch.tensor(0.3, requires_grad=True), 2.0
+    zero = torch.tensor(zero_point if low == 0 else 0.0)
+    result = learned_fake_quantize(x, scale, zero, low, high)
+    assert torch.equal(result, fake_quantize(x.detach(), scale.detach(), zero, low, high))
+    upstream = torch.randn(41, generator=torch.Generator().manual_seed(0))
+    to_x, to_scale = torch.autograd.grad((result * upstream).sum(), (x, scale))
+    slow, passed = 0.0, []
+    for value, weight in zip(x.tolist(), upstream.tolist(), strict=True):
+        steps = value / 0.3
+        code = round(steps)
+        first, last = low - float(zero), high - float(zero)
+        slow += weight * (first if code < first else last if code > last else code - steps)
+        passed.append(weight if first <= code <= last else 0.0)
+    assert float(to_scale) == pytest.approx(slow / math.sqrt(41 * (high - low)), rel=1e-3)
+    assert to_x.tolist() == pytest.approx(passed)
+
+
+def test_learned_steps_of_channels_have_a_gradient_each():
+    x = torch.randn(5, 3, 2, 2)
+    scale = torch.full((5, 1, 1, 1), 0.2, requires_grad=True)
+    zero = torch.zeros(5, 1, 1, 1)
+    whole = torch.autograd.grad(learned_fake_quantize(x, scale, zero, -4, 3).square().sum(), scale)[0]
+    for channel in range(5):
+        one = scale[channel].detach().requires_grad_()
+        alone = torch.autograd.grad(learned_fake_quantize(x[channel], one, zero[channel], -4, 3).square().sum(), one)[0]
+        assert whole[channel] == pytest.approx(alone, rel=1e-4)

@@ -157,3 +157,24 @@ def test_a_painted_source_serves_the_tuner(teacher):
     assert len(list(islice(source.batches(16), 3))) == 3
     student, journal = tuned(teacher, source, steps=5)
     assert len(journal.history) == 5
+
+
+@pytest.mark.parametrize("placement", ["paper", "deploy"])
+def test_learned_steps_move_and_come_back_from_storage(teacher, source, placement, tmp_path):
+    from mirageq.storage import load_student, save_student
+
+    scheme = Scheme(weight_bits=3, activation_bits=3, placement=placement, learned_steps=True)
+    student = convert(teacher.network, scheme)
+    calibrate(student, source, 64)
+    before = {name: value.detach().clone() for name, value in student.named_parameters() if name.endswith("scale")}
+    assert len(before) == len(student.activation_quantizers) + len(student.weight_quantizers)
+    settings = {"kd_weight": 1.0, "ce_weight": 0.0, "crop_scale": 1.0, "optimizer": "adam", "lr": 1e-3}
+    Distill(steps=20, batch_size=16, **settings).tune(teacher, student, source)
+    moved = [
+        name for name, value in student.named_parameters() if name in before and not torch.equal(value, before[name])
+    ]
+    assert len(moved) > 0.8 * len(before)
+    save_student(student, teacher, tmp_path / "student.safetensors")
+    images = source.sample(8).images
+    with torch.no_grad():
+        assert torch.equal(load_student(tmp_path / "student.safetensors", teacher)(images), student(images))

@@ -159,7 +159,7 @@ class _IntegerActivation(nn.Module):
         self.clip_codes = clip_codes
         self.container = torch.int8 if quantizer.symmetric else torch.uint8
         self.clip = quantizer.bits < 8
-        self.register_buffer("scale", quantizer.scale.clone())  # type: ignore[operator]
+        self.register_buffer("scale", quantizer.scale.detach().clone())  # type: ignore[operator]
         for name, value in (("zero_point", int(quantizer.zero_point)), ("low", low), ("high", high)):
             self.register_buffer(name, torch.tensor(value, dtype=self.container))
 

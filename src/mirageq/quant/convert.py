@@ -75,7 +75,8 @@ def _quantize_activations(
             bits = IMAGE_BITS
         elif node is last_input and scheme.first_last_bits is not None:
             bits = scheme.first_last_bits
-        quantizer = ActivationQuantizer(name, bits, scheme.symmetric_activations, scheme.clip_gradient)
+        symmetric, learned = scheme.symmetric_activations, scheme.learned_steps
+        quantizer = ActivationQuantizer(name, bits, symmetric, scheme.clip_gradient, learned)
         paths[node] = _add(module, "activation_quantizers", name, quantizer)
         with module.graph.inserting_after(node):
             on_grid = module.graph.call_module(paths[node], (node,))
@@ -108,6 +109,7 @@ def _quantize_weights(
                 scheme.weight_range,
                 scheme.percentile,
                 scheme.clip_gradient,
+                scheme.learned_steps,
             )
             paths[weight.target] = _add(module, "weight_quantizers", name, quantizer)
         with graph.inserting_before(layer):

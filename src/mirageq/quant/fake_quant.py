@@ -72,6 +72,16 @@ def fake_quantize(
     return result
 
 
+def learned_fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+    """`x` on a grid whose scale is learned (LSQ; Esser et al., ICLR 2020, eqs. 1-5).
+
+    Numbers as from `fake_quantize`. The gradient of `x` passes where it was not clipped; that of `scale` is
+    (code - x / scale) inside and the grid's end outside, divided by sqrt(numbers sharing the scale x levels).
+    """
+    result: Tensor = _LearnedFakeQuantize.apply(x, scale, qmin - zero_point, qmax - zero_point)
+    return result
+
+
 def integers(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
     """The integer codes of `x`, as int32; arguments as for `fake_quantize`."""
     return (torch.round(x.detach() / scale) + zero_point).clamp(qmin, qmax).to(torch.int32)
@@ -112,3 +122,25 @@ class _FakeQuantize(torch.autograd.Function):
             (inside,) = ctx.saved_tensors
             gradient = gradient * inside
         return gradient, None, None, None, None
+
+
+class _LearnedFakeQuantize(torch.autograd.Function):
+    """As `_FakeQuantize`, with a gradient for the scale."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        steps = torch.div(x, scale)
+        codes = torch.minimum(torch.maximum(steps.round(), low), high)
+        ctx.save_for_backward(steps, codes, scale)
+        ctx.levels = float((high - low).max())
+        return codes * scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        steps, codes, scale = ctx.saved_tensors
+        inside = (steps.round() == codes).to(gradient.dtype)
+        slope = torch.where(inside.bool(), codes - steps, codes)
+        shared = steps.numel() / scale.numel()
+        to_scale = (gradient * slope).sum_to_size(scale.shape) / (shared * ctx.levels) ** 0.5
+        return gradient * inside, to_scale, None, None

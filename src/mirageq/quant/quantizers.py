@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from mirageq.errors import UserError
-from mirageq.quant.fake_quant import affine_parameters, fake_quantize, grid, integers, round_bias
+from mirageq.quant.fake_quant import (
+    SMALLEST_SCALE,
+    affine_parameters,
+    fake_quantize,
+    grid,
+    integers,
+    learned_fake_quantize,
+    round_bias,
+)
 from mirageq.quant.ranges import RangeObserver, weight_range
 from mirageq.quant.scheme import WeightRange
 
@@ -17,7 +25,8 @@ class WeightQuantizer(nn.Module):
     """Quantizes a weight per output channel.
 
     With the range "minmax" the grid follows the weight at every forward pass, as in the papers. With "percentile" and
-    "mse" it is set here from the initial weight and kept in the buffers `scale` and `zero_point`, both (O, 1, ...).
+    "mse", or if it is learned, it is set here from the initial weight and kept in `scale` and `zero_point`, both
+    (O, 1, ...); a learned `scale` is a parameter.
 
     Attributes:
         name: of the layer.
@@ -33,26 +42,30 @@ class WeightQuantizer(nn.Module):
         kind: WeightRange = "minmax",
         percentile: float = 99.99,
         clip_gradient: bool = False,
+        learned: bool = False,
     ) -> None:
         super().__init__()
         self.name, self.bits, self.symmetric = name, bits, symmetric
-        self.kind, self.clip_gradient = kind, clip_gradient
-        if kind != "minmax":
+        self.kind, self.clip_gradient, self.learned = kind, clip_gradient, learned
+        self.fixed = learned or kind != "minmax"
+        if self.fixed:
             lo, hi = weight_range(weight, kind, bits, symmetric, percentile)
             scale, zero_point = affine_parameters(lo, hi, bits, symmetric)
-            self.register_buffer("scale", scale)
+            _register_scale(self, scale, learned)
             self.register_buffer("zero_point", zero_point)
 
     def forward(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The weight on its grid, and the scale (O, 1, ...) of that grid."""
         scale, zero_point = self.affine(weight)
-        quantized = fake_quantize(weight, scale, zero_point, *grid(self.bits, self.symmetric), self.clip_gradient)
-        return quantized, scale
+        bounds = grid(self.bits, self.symmetric)
+        if self.learned:
+            return learned_fake_quantize(weight, scale, zero_point, *bounds), scale
+        return fake_quantize(weight, scale, zero_point, *bounds, self.clip_gradient), scale
 
     def affine(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point, both (O, 1, ...)."""
-        if self.kind != "minmax":
-            return self.scale, self.zero_point  # type: ignore[return-value]
+        if self.fixed:
+            return _positive(self.scale), self.zero_point  # type: ignore[return-value]
         return affine_parameters(*weight_range(weight, "minmax", self.bits, self.symmetric), self.bits, self.symmetric)
 
     def codes(self, weight: Tensor) -> Tensor:
@@ -66,7 +79,7 @@ class WeightQuantizer(nn.Module):
 class ActivationQuantizer(nn.Module):
     """Quantizes an activation per tensor, on a grid set by calibration and then fixed.
 
-    Buffers `scale`, `zero_point` and `calibrated`, all (), travel in the state dict.
+    `scale` (a parameter, if it is learned), `zero_point` and `calibrated`, all (), travel in the state dict.
 
     Attributes:
         name: of the activation, after the layer it follows.
@@ -74,12 +87,15 @@ class ActivationQuantizer(nn.Module):
         state: "on"; "off", the identity; or "observing", the identity while `observer` watches.
     """
 
-    def __init__(self, name: str, bits: int, symmetric: bool, clip_gradient: bool = False) -> None:
+    def __init__(
+        self, name: str, bits: int, symmetric: bool, clip_gradient: bool = False, learned: bool = False
+    ) -> None:
         super().__init__()
         self.name, self.bits, self.symmetric, self.clip_gradient = name, bits, symmetric, clip_gradient
+        self.learned = learned
         self.state: Literal["on", "off", "observing"] = "on"
         self.observer: RangeObserver | None = None
-        self.register_buffer("scale", torch.tensor(float("nan")))
+        _register_scale(self, torch.tensor(float("nan")), learned)
         self.register_buffer("zero_point", torch.tensor(0.0))
         self.register_buffer("calibrated", torch.tensor(False))
         self.ready = False
@@ -98,8 +114,10 @@ class ActivationQuantizer(nn.Module):
                 f"The activation '{self.name}' has no range yet. Call student.calibrate(batches), or load the state "
                 "of a calibrated student, before using the student."
             )
-        bounds = grid(self.bits, self.symmetric)
-        return fake_quantize(x, self.scale, self.zero_point, *bounds, self.clip_gradient)  # type: ignore[arg-type]
+        bounds, zero_point = grid(self.bits, self.symmetric), self.zero_point
+        if self.learned:
+            return learned_fake_quantize(x, _positive(self.scale), zero_point, *bounds)  # type: ignore[arg-type]
+        return fake_quantize(x, self.scale, zero_point, *bounds, self.clip_gradient)  # type: ignore[arg-type]
 
     def observe(self, observer: RangeObserver) -> None:
         """Let activations pass in float while `observer` watches them."""
@@ -146,6 +164,18 @@ class BiasQuantizer(nn.Module):
 
     def extra_repr(self) -> str:
         return self.name
+
+
+def _register_scale(quantizer: nn.Module, scale: Tensor, learned: bool) -> None:
+    if learned:
+        quantizer.scale = nn.Parameter(scale)
+    else:
+        quantizer.register_buffer("scale", scale)
+
+
+def _positive(scale: Any) -> Tensor:
+    """A learned scale that a step took below the smallest one counts as the smallest."""
+    return scale.clamp(min=SMALLEST_SCALE) if scale.requires_grad else scale
 
 
 def _read_calibrated(module: Any, _: Any) -> None:

@@ -33,6 +33,8 @@ class Scheme:
         percentile: of values kept inside a "percentile" range, cut on each side; 50 < percentile <= 100.
         clip_gradient: False: gradients pass everywhere (the papers' straight-through); True: not where a value was
             clipped.
+        learned_steps: tuning also learns the scales of weights and activations (LSQ); zero points stay as calibrated.
+            Implies `clip_gradient`.
 
     Raises:
         UserError: a setting out of range or misspelt.
@@ -51,6 +53,7 @@ class Scheme:
     activation_range: ActivationRange = "ema"
     percentile: float = 99.99
     clip_gradient: bool = False
+    learned_steps: bool = False
 
     def __post_init__(self) -> None:
         for name in ("weight_bits", "activation_bits", "first_last_bits"):

@@ -1,0 +1,65 @@
+"""Agreement, latency and size of exported files: python benchmarks/export_speed.py NETWORK [NETWORK ...]
+
+Each network, at W8A8 and W4A4 (first and last layer at 8 bits), is calibrated on 64 real or random images, exported,
+and compared on 500 images with its student, and in turns with its full-precision file for latency at batch 1. Networks
+without measured weights (`timm:resnet18`) are random: their latency is real, their agreement harder than a trained
+network's. Rows go to benchmarks/results/exports.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from mirageq import Scheme, Teacher, models
+from mirageq.export import deliver
+from mirageq.methods.real import Real
+from mirageq.quant import convert
+from mirageq.run import NetworkChoice, load_teacher
+
+HERE = Path(__file__).resolve().parent
+DATA = HERE.parents[1] / "shared" / "data"
+FILES = {"cifar10": "cifar10_test.npz", "imagenet": "imagenet_val1300_227.parquet"}
+FILES["imagenette"] = "imagenette_val1000_224.parquet"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("networks", nargs="+")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--count", type=int, default=500)
+    options = parser.parse_args()
+    for name in options.networks:
+        teacher, images = network_and_images(name, options.count)
+        for bits in (8, 4):
+            scheme = {"weight_range": "mse", "activation_range": "mse", "placement": "deploy", "first_last_bits": 8}
+            student = convert(teacher.network, Scheme(weight_bits=bits, activation_bits=bits, **scheme))
+            student.calibrate(images[:64].split(16))
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "model.onnx"
+                delivery = deliver(student, teacher, images, path, threads=options.threads)
+            row = {"network": name, "bits": f"w{bits}a{bits}", "threads": options.threads, **asdict(delivery)}
+            row.pop("path")
+            print(json.dumps(row, indent=1), flush=True)
+            with (HERE / "results" / "exports.jsonl").open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+def network_and_images(name: str, count: int):
+    """The teacher, and real images for it where there are some."""
+    if name.startswith("timm:"):
+        torch.manual_seed(0)
+        teacher = Teacher.wrap(models.import_timm().create_model(name.partition(":")[2]).eval(), (3, 224, 224))
+        return teacher, torch.randn(count, 3, 224, 224)
+    teacher = load_teacher(NetworkChoice(name=f"py:{HERE / 'networks.py'}:{name}"))
+    file = DATA / FILES[name.partition("_")[0]]
+    return teacher, Real(path=str(file)).synthesize(teacher, count).sample(count).images
+
+
+if __name__ == "__main__":
+    main()
