@@ -47,6 +47,7 @@ class WeightQuantizer(nn.Module):
         super().__init__()
         self.name, self.bits, self.symmetric = name, bits, symmetric
         self.kind, self.clip_gradient, self.learned = kind, clip_gradient, learned
+        self.state: Literal["on", "off"] = "on"
         self.fixed = learned or kind != "minmax"
         if self.fixed:
             lo, hi = weight_range(weight, kind, bits, symmetric, percentile)
@@ -57,6 +58,8 @@ class WeightQuantizer(nn.Module):
     def forward(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The weight on its grid, and the scale (O, 1, ...) of that grid."""
         scale, zero_point = self.affine(weight)
+        if self.state == "off":
+            return weight, scale
         bounds = grid(self.bits, self.symmetric)
         if self.learned:
             return learned_fake_quantize(weight, scale, zero_point, *bounds), scale
@@ -67,6 +70,15 @@ class WeightQuantizer(nn.Module):
         if self.fixed:
             return _positive(self.scale), self.zero_point  # type: ignore[return-value]
         return affine_parameters(*weight_range(weight, "minmax", self.bits, self.symmetric), self.bits, self.symmetric)
+
+    def fix(self, scale: Tensor) -> None:
+        """Keep this scale (O, 1, ...) from now on; only for a grid that does not follow the weight."""
+        with torch.no_grad():
+            self.scale.copy_(scale)  # type: ignore[operator]
+
+    def switch_on(self) -> None:
+        """Quantize again."""
+        self.state = "on"
 
     def codes(self, weight: Tensor) -> Tensor:
         """The integer codes, int32, of the shape of `weight`."""

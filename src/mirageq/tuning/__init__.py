@@ -14,10 +14,11 @@ from mirageq.quant import Student
 from mirageq.teacher import Teacher
 from mirageq.tuning.distill import Distill
 from mirageq.tuning.guard import TuningDiverged
+from mirageq.tuning.reconstruct import Reconstruct
 
-__all__ = ["TUNERS", "Distill", "Tuner", "TuningDiverged"]
+__all__ = ["TUNERS", "Distill", "Reconstruct", "Tuner", "TuningDiverged"]
 
-TUNERS: dict[str, type] = {"distill": Distill}
+TUNERS: dict[str, type] = {"distill": Distill, "reconstruct": Reconstruct}
 
 
 class Tuner(Protocol):

@@ -1,0 +1,126 @@
+"""Blocks of a network: stretches of its graph with one tensor in and one tensor out.
+
+A cut is a node that everything after it is computed from. Residual and inverted-residual blocks lie between two cuts,
+in whatever framework and under whatever class name they were written.
+"""
+
+# fx types an argument of a node as a union of everything:
+# mypy: disable-error-code="union-attr, arg-type, operator, return-value"
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from mirageq.graph import WEIGHTED, share
+from mirageq.quant.operations import holds_numbers
+from mirageq.quant.quantizers import ActivationQuantizer, WeightQuantizer
+
+BATCH_SIZE = torch.ops.aten.sym_size.int
+"""Reshapes read it from the image; in a block it is that of the block's own input."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A stretch of a student's graph.
+
+    Attributes:
+        start, end: the node it reads and the one it gives.
+        layers: names of its quantized layers.
+    """
+
+    start: Node
+    end: Node
+    layers: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.layers[0] if len(self.layers) == 1 else f"{self.layers[0]} - {self.layers[-1]}"
+
+
+def find_blocks(network: GraphModule, end: Node, fewest_layers: int = 2) -> list[Block]:
+    """The blocks between the image and `end`, in order; small neighbours are joined until they have `fewest_layers`."""
+    graph = network.graph
+    (start,) = graph.find_nodes(op="placeholder")
+    cuts = [node for node in _cuts(graph, start, end) if not _awaits_quantizer(network, node)]
+    if cuts[-1] is not end:
+        cuts.append(end)
+    blocks: list[Block] = []
+    for cut in cuts:
+        layers = layers_between(network, start, cut)
+        if len(layers) >= fewest_layers or (cut is end and layers):
+            blocks.append(Block(start, cut, layers))
+            start = cut
+    if start is not end and blocks:  # a rest without layers, or with fewer than asked for
+        last = blocks.pop()
+        blocks.append(Block(last.start, end, layers_between(network, last.start, end)))
+    return blocks
+
+
+def between(network: GraphModule, start: Node, end: Node) -> GraphModule:
+    """The function from the value of `start` to that of `end`, on the network's own tensors and quantizers."""
+    graph = Graph()
+    copies = {start: graph.placeholder("x")}
+    for node in _ancestors(start, end):
+        if node.target is BATCH_SIZE:
+            copies[node] = graph.call_function(BATCH_SIZE, (copies[start], 0))
+        else:
+            copies[node] = graph.node_copy(node, lambda argument: copies[argument])
+    graph.output(copies[end])
+    return share(network, graph)
+
+
+def layers_between(network: GraphModule, start: Node, end: Node) -> tuple[str, ...]:
+    """The names of the layers whose weights are quantized between two nodes, in order."""
+    parts = [node for node in _ancestors(start, end) if node.op == "call_module"]
+    found = [network.get_submodule(node.target) for node in parts]
+    return tuple(part.name for part in found if isinstance(part, WeightQuantizer))
+
+
+def layer_nodes(start: Node, end: Node) -> list[Node]:
+    """The convolutions and linear layers between two nodes."""
+    return [node for node in _ancestors(start, end) if node.target in WEIGHTED]
+
+
+def _ancestors(start: Node, end: Node) -> list[Node]:
+    """What `end` is computed from, back to `start`, in order of computation, `end` included."""
+    found: set[Node] = set()
+    waiting = [end]
+    while waiting:
+        node = waiting.pop()
+        if node is not start and node not in found:
+            found.add(node)
+            waiting += node.all_input_nodes if node.target is not BATCH_SIZE else []
+    return [node for node in start.graph.nodes if node in found]
+
+
+def _cuts(graph: Graph, start: Node, end: Node) -> list[Node]:
+    """The nodes on whose value alone everything later depends."""
+    carried = [start]  # values computed from the image, in order
+    known = {start}
+    for node in _ancestors(start, end):
+        if any(source in known for source in node.all_input_nodes) and _is_tensor(node):
+            carried.append(node)
+            known.add(node)
+    place = {node: index for index, node in enumerate(carried)}
+    last_read = [
+        max((place[user] for user in node.users if user in place), default=index) for index, node in enumerate(carried)
+    ]
+    cuts, reach = [], 0
+    for index, node in enumerate(carried):
+        if reach <= index and index > 0:
+            cuts.append(node)
+        reach = max(reach, last_read[index])
+    return cuts
+
+
+def _is_tensor(node: Node) -> bool:
+    return holds_numbers(node) or node.op == "call_module" or isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _awaits_quantizer(network: GraphModule, node: Node) -> bool:
+    """Whether a quantizer is what reads a node next; the block should end after it."""
+    readers = [user for user in node.users if user.op == "call_module"]
+    return any(isinstance(network.get_submodule(user.target), ActivationQuantizer) for user in readers)
