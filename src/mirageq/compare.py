@@ -209,8 +209,8 @@ class Comparison:
         started = time.perf_counter()
         folder = self._images_folder(cell.method, cell.seed)
         folder.mkdir(parents=True, exist_ok=True)
-        settings = _remembered(folder / "method.json", recipes.describe_method(wanted.method))
-        _require_same_settings(settings, recipes.describe_method(wanted.method), str(folder))
+        settings = _remembered(folder / "method.json", recipes.describe_part(wanted.method))
+        _require_same_settings(settings, recipes.describe_part(wanted.method), str(folder))
         source = wanted.method.synthesize(teacher, wanted.images, seed=cell.seed, journal=Journal(folder, console))
         seconds = {"synthesize": _remembered(folder / "seconds.json", time.perf_counter() - started)}
         workplace = self.work / "cells" / cell.folder

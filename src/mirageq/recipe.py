@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
@@ -104,11 +104,10 @@ def build(table: Table) -> Recipe:
         UserError: an unknown section, method, tuner or setting (with the nearest known one), or a wrong type.
     """
     rest = dict(table)
-    tuner = dict(_section(rest, "tuner"))
     parts = {
-        "method": build_method(_section(rest, "method"), "method"),
+        "method": _assemble(_section(rest, "method"), "method", methods.find, "intraq"),
         "scheme": settings(Scheme, _section(rest, "scheme"), "scheme"),
-        "tuner": settings(_tuner(tuner.pop("name", "distill")), tuner, "tuner"),
+        "tuner": _assemble(_section(rest, "tuner"), "tuner", _tuner, "distill"),
     }
     for section in SECTIONS:
         rest.pop(section, None)
@@ -116,31 +115,34 @@ def build(table: Table) -> Recipe:
     return Recipe(**parts, images=plain.images, calibration_images=plain.calibration_images)
 
 
-def build_method(table: Table, where: str) -> Method:
-    """The method that a table describes: `name`, settings, and sections for the methods it is made of, if any."""
-    plain = {key: value for key, value in table.items() if not isinstance(value, dict)}
-    kind = methods.find(plain.pop("name", "intraq"))
-    parts = {key: value for key, value in table.items() if isinstance(value, dict)}
-    check_names(kind, parts, where)
-    built = settings(kind, plain, where)
-    return replace(built, **{name: build_method(part, f"{where}.{name}") for name, part in parts.items()})
-
-
 def describe(recipe: Recipe) -> Table:
     """The full table of a recipe, every default written out; `build(describe(recipe)) == recipe`."""
     return {
         "images": recipe.images,
         "calibration_images": recipe.calibration_images,
-        "method": describe_method(recipe.method),
+        "method": describe_part(recipe.method),
         "scheme": _values(recipe.scheme),
-        "tuner": {"name": _name(TUNERS, recipe.tuner), **_values(recipe.tuner)},
+        "tuner": describe_part(recipe.tuner),
     }
 
 
-def describe_method(method: Method) -> Table:
-    """The full table of a method and of the methods it is made of."""
-    parts = {name: describe_method(part) for name in vars(method) if isinstance(part := getattr(method, name), Method)}
-    return {"name": _name(methods.METHODS, method), **_values(method), **parts}
+def describe_part(part: Method | Tuner) -> Table:
+    """The full table of a method or tuner, and of those it is made of."""
+    registry = TUNERS if isinstance(part, Tuner) else methods.METHODS
+    inner = {
+        name: describe_part(value) for name in vars(part) if isinstance(value := getattr(part, name), (Method, Tuner))
+    }
+    return {"name": _name(registry, part), **_values(part), **inner}
+
+
+def _assemble(table: Table, where: str, find: Callable[[str], type], default: str) -> Any:
+    """The method or tuner that a table describes: `name`, settings, and sections for those it is made of, if any."""
+    plain = {key: value for key, value in table.items() if not isinstance(value, dict)}
+    kind = find(plain.pop("name", default))
+    parts = {key: value for key, value in table.items() if isinstance(value, dict)}
+    check_names(kind, parts, where)
+    inner = {name: _assemble(part, f"{where}.{name}", find, default) for name, part in parts.items()}
+    return replace(settings(kind, plain, where), **inner)
 
 
 def check_names(kind: type, values: Table, where: str) -> Mapping[str, inspect.Parameter]:

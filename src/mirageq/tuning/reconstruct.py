@@ -19,6 +19,7 @@ import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,13 +28,14 @@ from torch.fx import GraphModule
 
 from mirageq.errors import UserError
 from mirageq.images import ImageSource
-from mirageq.journal import Journal
+from mirageq.journal import Checkpoint, Journal
 from mirageq.paint import cosine
 from mirageq.quant import Student
 from mirageq.quant.blocks import Block, between, find_blocks, layer_nodes, layers_between
 from mirageq.quant.quantizers import ActivationQuantizer, BiasQuantizer, WeightQuantizer
 from mirageq.seeding import stream
 from mirageq.teacher import Teacher
+from mirageq.tuning.contract import Tuner
 from mirageq.tuning.soft import DroppingActivation, SoftWeight
 
 CHUNK = 32
@@ -55,19 +57,22 @@ class Reconstruct:
         layers_per_block: neighbouring blocks with fewer layers are joined.
         most_layers: a block with more layers is taken layer by layer, and the journal says so.
         cache_bytes: beyond it cached activations lie in a temporary file.
+        then: a tuner to go on with once every block is done, `[tuner.then]` in a recipe; distillation brings the blocks
+            together.
     """
 
     steps: int = 500
     batch_size: int = 32
     images: int = 512
-    lr: float = 1e-2
-    scale_lr: float = 1e-3
+    lr: float = 4e-2
+    scale_lr: float = 4e-3
     weight_scale_lr: float = 0.0
     drop: float = 0.5
     rounding_weight: float = 0.01
     layers_per_block: int = 2
     most_layers: int = 16
     cache_bytes: int = 2**30
+    then: Tuner | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 0 or self.batch_size < 1 or self.images < 1 or self.lr <= 0:
@@ -84,17 +89,31 @@ class Reconstruct:
         """Reconstruct the blocks of a calibrated `student` in place, in order, on images of the source.
 
         Raises:
-            UserError: fewer images than a batch, or a loss that is not finite.
+            UserError: fewer images than a batch, weights whose grid follows them, or a loss that is not finite.
         """
-        if self.steps == 0:
-            return
+        journal = journal or Journal()
+        checkpoint = journal.checkpoint("reconstruct")
+        if self.steps:
+            self._all_blocks(teacher, student, source, seed, journal, checkpoint)
+        if self.then:
+            self.then.tune(teacher, student, source, seed=seed, journal=journal)
+        checkpoint.clear()
+
+    def _all_blocks(
+        self,
+        teacher: Teacher,
+        student: Student,
+        source: ImageSource,
+        seed: int,
+        journal: Journal,
+        checkpoint: Checkpoint,
+    ) -> None:
         for name, quantizer in student.weight_quantizers.items():
             if not quantizer.fixed:
                 raise UserError(
                     f"Reconstruction rounds weights on a grid that stays, and that of '{name}' follows its weight. "
                     "Set scheme.weight_range to mse or percentile."
                 )
-        journal = journal or Journal()
         images = source.sample(self.images).images
         if len(images) < self.batch_size:
             raise UserError(
@@ -104,12 +123,12 @@ class Reconstruct:
         network = student.logits_network()
         (output,) = network.graph.find_nodes(op="output")
         blocks = find_blocks(network, output.args[0], self.layers_per_block)
-        checkpoint = journal.checkpoint("reconstruct")
-        state = checkpoint.load()
         done = 0
-        if state:
+        if state := checkpoint.load():
             student.load_state_dict(state["student"])
             done = state["done"]
+        if done == len(blocks):
+            return
         with tempfile.TemporaryDirectory() as folder, journal.stage("reconstruct", len(blocks), start=done) as advance:
             full = quantized = _Cache.of(images, Path(folder), self.cache_bytes)
             for index, block in enumerate(blocks):
@@ -121,7 +140,6 @@ class Reconstruct:
                     advance(index, before=before, after=after)
                     checkpoint.save({"student": student.state_dict(), "done": index + 1})
                 quantized, full = quantized.through(run, teacher.device), target
-        checkpoint.clear()
 
     def _reconstruct(
         self,
@@ -160,7 +178,7 @@ class Reconstruct:
         before = _error(run, quantized, target)
         generator = stream(seed, "reconstruct", block.name)
         weights, activations = self._soften(network, run, generator)
-        groups = [{"params": [part.up for part in weights.values()], "rate": self.lr}]
+        groups: list[dict[str, Any]] = [{"params": [part.up for part in weights.values()]}]
         groups += [
             {"params": [part.scale], "rate": rate * float(part.scale.detach().mean())}
             for parts, rate in ((activations, self.scale_lr), (weights, self.weight_scale_lr))
@@ -183,7 +201,7 @@ class Reconstruct:
                 )
             if not loss.isfinite():
                 raise UserError(f"The loss of block '{block.name}' became {float(loss.detach())}. Lower tuner.lr.")
-            for group in optimizer.param_groups:
+            for group in optimizer.param_groups[1:]:  # steps settle; roundings need their rate to the end, to decide
                 group["lr"] = cosine(group["rate"], 0.0, decided)
             optimizer.zero_grad()
             loss.backward()

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mirageq import Scheme, Teacher
+from mirageq.quant import convert
+from mirageq.quant.blocks import between, find_blocks
+from mirageq.testing import SHAPE, TinyResNet
+
+
+def blocks_of(network, placement="paper", fewest=1):
+    teacher = Teacher.wrap(network, SHAPE)
+    student = convert(teacher.network, Scheme(placement=placement))
+    student.calibrate([torch.randn(8, *SHAPE)])
+    graph = student.logits_network()
+    (output,) = graph.graph.find_nodes(op="output")
+    return student, graph, find_blocks(graph, output.args[0], fewest)
+
+
+class Dense(nn.Module):
+    """Three convolutions whose outputs are all read at the end: no cut between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, padding=1)
+        self.layers = nn.ModuleList(nn.Conv2d(4 * (n + 1), 4, 3, padding=1) for n in range(3))
+        self.last = nn.Linear(16, 5)
+        self.eval()
+
+    def forward(self, x):
+        found = [F.relu(self.first(x))]
+        for layer in self.layers:
+            found.append(F.relu(layer(torch.cat(found, 1))))
+        return self.last(torch.cat(found, 1).mean((2, 3)))
+
+
+@pytest.mark.parametrize("placement", ["paper", "deploy"])
+def test_a_residual_block_lies_between_two_cuts(placement):
+    _, _, blocks = blocks_of(TinyResNet(), placement)
+    assert [block.layers for block in blocks] == [("conv1",), ("conv2",), ("conv3",), ("linear",)]
+
+
+def test_what_has_no_cut_is_one_block():
+    _, _, blocks = blocks_of(Dense())
+    assert [block.layers for block in blocks] == [("first",), ("layers.0", "layers.1", "layers.2"), ("last",)]
+
+
+def test_small_neighbours_are_joined():
+    _, _, blocks = blocks_of(TinyResNet(), fewest=2)
+    assert [block.layers for block in blocks] == [("conv1", "conv2"), ("conv3", "linear")]
+    assert blocks[0].name == "conv1 - conv2"
+
+
+@pytest.mark.parametrize("network", [TinyResNet, Dense])
+@pytest.mark.parametrize("placement", ["paper", "deploy"])
+@pytest.mark.parametrize("fewest", [1, 2])
+def test_blocks_one_after_the_other_are_the_network(network, placement, fewest):
+    student, graph, blocks = blocks_of(network(), placement, fewest)
+    images = torch.randn(5, *SHAPE)
+    x = images
+    with torch.no_grad():
+        for block in blocks:
+            x = between(graph, block.start, block.end)(x)
+        assert torch.equal(x, student(images))
+
+
+def test_a_flattening_by_batch_size_stays_inside_its_block():
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.linear = nn.Conv2d(3, 2, 3, padding=1), nn.Linear(2 * 16 * 16, 5)
+            self.eval()
+
+        def forward(self, x):
+            x = F.relu(self.conv(x))
+            return self.linear(x.view(x.shape[0], -1))
+
+    student, graph, blocks = blocks_of(Flat())
+    assert len(blocks) == 2
+    images = torch.randn(3, *SHAPE)
+    with torch.no_grad():
+        x = between(graph, blocks[0].start, blocks[0].end)(images)
+        assert torch.equal(between(graph, blocks[1].start, blocks[1].end)(x), student(images))

@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mirageq import Distill, Journal, Noise, Scheme, Teacher, UserError, recipe
+from mirageq.pipeline import calibrate
+from mirageq.quant import convert
+from mirageq.quant.fake_quant import grid
+from mirageq.quant.quantizers import ActivationQuantizer, WeightQuantizer
+from mirageq.testing import SHAPE, TinyResNet
+from mirageq.tuning.reconstruct import Reconstruct
+from mirageq.tuning.soft import DroppingActivation, SoftWeight
+
+
+class Dense(nn.Module):
+    """Three convolutions whose outputs are all read at the end: no cut between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, padding=1)
+        self.layers = nn.ModuleList(nn.Conv2d(4 * (n + 1), 4, 3, padding=1) for n in range(3))
+        self.last = nn.Linear(16, 5)
+        self.eval()
+
+    def forward(self, x):
+        found = [F.relu(self.first(x))]
+        for layer in self.layers:
+            found.append(F.relu(layer(torch.cat(found, 1))))
+        return self.last(torch.cat(found, 1).mean((2, 3)))
+
+
+QUICK = {"steps": 60, "batch_size": 16, "images": 64}
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return Teacher.wrap(TinyResNet(), SHAPE)
+
+
+@pytest.fixture(scope="module")
+def source(teacher):
+    return Noise().synthesize(teacher, 64)
+
+
+def student_of(teacher, source, **scheme):
+    settings = {"weight_bits": 3, "activation_bits": 4, "weight_range": "mse", "activation_range": "mse"}
+    student = convert(teacher.network, Scheme(**{**settings, **scheme}))
+    calibrate(student, source, 64)
+    return student
+
+
+@pytest.mark.parametrize("placement", ["paper", "deploy"])
+@pytest.mark.parametrize("settings", [{}, {"drop": 0.0}, {"weight_scale_lr": 1e-3}])
+def test_blocks_come_closer_and_weights_stay_on_their_grid(teacher, source, placement, settings):
+    student = student_of(teacher, source, placement=placement)
+    journal = Journal()
+    Reconstruct(**{**QUICK, "steps": 200}, **settings).tune(teacher, student, source, journal=journal)
+    first, _ = (row for row in journal.history if row["stage"] == "reconstruct")
+    assert first["after"] < 0.9 * first["before"]
+    for name, quantizer in student.weight_quantizers.items():
+        weight = student.network.get_parameter(f"{name}.weight").detach()
+        assert quantizer(weight)[0] == pytest.approx(weight, abs=1e-6)
+
+
+def test_another_tuner_can_follow_and_an_interruption_in_it_costs_no_block(teacher, source, tmp_path):
+    then = Distill(steps=6, batch_size=8, ce_weight=0.0, lr=1e-4, optimizer="adam")
+    settings = Reconstruct(**QUICK, then=then)
+    whole, parts = student_of(teacher, source), student_of(teacher, source)
+    source.load_state_dict({"drawn": 0})
+    settings.tune(teacher, whole, source)
+    source.load_state_dict({"drawn": 0})
+    with pytest.raises(KeyboardInterrupt):
+        settings.tune(teacher, parts, source, journal=Stumbling(tmp_path, 5))
+    source.load_state_dict({"drawn": 0})
+    again, journal = student_of(teacher, source), Journal(tmp_path, checkpoint_seconds=0)
+    settings.tune(teacher, again, source, journal=journal)
+    images = source.sample(8).images
+    with torch.no_grad():
+        assert torch.equal(whole(images), again(images))
+    assert not (tmp_path / "checkpoints" / "reconstruct.pt").exists()
+
+
+def test_a_recipe_holds_both_tuners():
+    table = {"tuner": {"name": "reconstruct", "steps": 7, "then": {"name": "distill", "steps": 3}}}
+    built = recipe.build(table)
+    assert built.tuner == Reconstruct(steps=7, then=Distill(steps=3))
+    assert recipe.build(recipe.describe(built)) == built
+    with pytest.raises(UserError, match=r"tuner\.then has no setting 'step'"):
+        recipe.build({"tuner": {"name": "reconstruct", "then": {"step": 3}}})
+
+
+def test_running_it_twice_gives_the_same_bits(teacher, source):
+    images = source.sample(8).images
+    results = []
+    for _ in range(2):
+        student = student_of(teacher, source)
+        Reconstruct(**QUICK).tune(teacher, student, source, seed=3)
+        with torch.no_grad():
+            results.append(student(images))
+    assert torch.equal(*results)
+
+
+class Stumbling(Journal):
+    """Interrupts the computation after so many rows."""
+
+    def __init__(self, folder, rows):
+        super().__init__(folder, checkpoint_seconds=0)
+        self.rows = rows
+
+    def _append(self, row):
+        super()._append(row)
+        if len(self.history) == self.rows:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_ends_with_the_same_bits(teacher, source, tmp_path):
+    whole, parts = student_of(teacher, source), student_of(teacher, source)
+    settings = Reconstruct(**QUICK, layers_per_block=1)
+    settings.tune(teacher, whole, source)
+    with pytest.raises(KeyboardInterrupt):
+        settings.tune(teacher, parts, source, journal=Stumbling(tmp_path, 1))
+    again = student_of(teacher, source)
+    settings.tune(teacher, again, source, journal=Journal(tmp_path))
+    images = source.sample(8).images
+    with torch.no_grad():
+        assert torch.equal(whole(images), again(images))
+
+
+def test_a_network_without_blocks_is_taken_layer_by_layer_and_it_is_said(source):
+    teacher = Teacher.wrap(Dense(), SHAPE)
+    student = student_of(teacher, source)
+    journal = Journal()
+    Reconstruct(**QUICK, layers_per_block=1, most_layers=2).tune(teacher, student, source, journal=journal)
+    notes = [row["text"] for row in journal.history if row["stage"] == "note"]
+    assert len(notes) == 1
+    assert "Between 'layers.0' and 'layers.2' no block" in notes[0]
+    for name, quantizer in student.weight_quantizers.items():
+        weight = student.network.get_parameter(f"{name}.weight").detach()
+        assert quantizer(weight)[0] == pytest.approx(weight, abs=1e-6)
+
+
+def test_activations_beyond_the_limit_lie_in_a_file_and_change_nothing(teacher, source):
+    images = source.sample(8).images
+    results = []
+    for limit in (2**30, 1000):
+        student = student_of(teacher, source)
+        Reconstruct(**QUICK, cache_bytes=limit).tune(teacher, student, source)
+        with torch.no_grad():
+            results.append(student(images))
+    assert torch.equal(*results)
+
+
+def test_a_soft_weight_begins_at_the_weight_and_ends_on_a_code_beside_it():
+    weight = torch.nn.Parameter(torch.randn(6, 4, 3, 3))
+    quantizer = WeightQuantizer("layer", weight.detach(), 3, True, "mse")
+    soft = SoftWeight(quantizer, weight, False)
+    scale, _ = quantizer.affine(weight)
+    low, high = (bound * scale for bound in grid(3, True))
+    assert soft(weight)[0].detach() == pytest.approx(weight.detach().clamp(low, high), abs=2e-3)
+    before = weight.detach().clone()
+    soft.settle(quantizer, weight)
+    inside = (before > low) & (before < high)
+    assert ((weight - before).abs() / scale)[inside].max() <= 1 + 1e-5
+    assert soft.indecision(20.0) > 0
+    with torch.no_grad():
+        soft.up.fill_(50)
+    assert soft.indecision(20.0) == 0
+
+
+def test_dropping_leaves_numbers_out_at_its_rate():
+    quantizer = ActivationQuantizer("x", 2, False)
+    quantizer.set_range(torch.tensor(0.0), torch.tensor(1.0))
+    x = torch.rand(100, 100)
+    dropping = DroppingActivation(quantizer, 0.3, torch.Generator().manual_seed(0))
+    assert (dropping(x) == x).float().mean() == pytest.approx(0.3, abs=0.02)
+    assert torch.equal(DroppingActivation(quantizer, 0.0, torch.Generator())(x), quantizer(x))
+
+
+def test_zero_steps_change_nothing(teacher, source):
+    student = student_of(teacher, source)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    Reconstruct(steps=0).tune(teacher, student, source)
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
+def test_what_cannot_work_is_said(teacher, source):
+    with pytest.raises(UserError, match="Set scheme.weight_range to mse or percentile"):
+        Reconstruct(**QUICK).tune(teacher, student_of(teacher, source, weight_range="minmax"), source)
+    with pytest.raises(UserError, match="batch size 100 is larger than the 64 images"):
+        Reconstruct(steps=1, batch_size=100).tune(teacher, student_of(teacher, source), source)
+    with pytest.raises(UserError, match="Reconstruction needs steps"):
+        Reconstruct(lr=0.0)
+    with pytest.raises(UserError, match="drop is a probability"):
+        Reconstruct(drop=1.0)
+    broken = student_of(teacher, source)
+    with torch.no_grad():
+        broken.network.get_parameter("conv3.weight").fill_(torch.nan)
+    with pytest.raises(UserError, match=r"The loss of block .* became nan.*Lower tuner\.lr"):
+        Reconstruct(**QUICK).tune(teacher, broken, source)
