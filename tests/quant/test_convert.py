@@ -249,3 +249,13 @@ def test_moving_the_student_moves_everything(network, images):
     student = student_of(network, images, placement="deploy").to(torch.float64)
     assert {tensor.dtype for tensor in student.state_dict().values()} == {torch.float64, torch.bool}
     assert student(images.double()).dtype == torch.float64
+
+
+def test_a_bias_beyond_32_bits_is_said():
+    network = TinyResNet()
+    with torch.no_grad():
+        network.conv2.weight[3] = 0
+        network.bn2.bias[3] = 1e5
+    student = convert(capture(network, SHAPE), Scheme(placement="deploy"))
+    with pytest.raises(UserError, match=r"The bias 'conv2.bias' needs .* more than 32 bits hold"):
+        student.calibrate([1e-3 * torch.randn(4, *SHAPE)])

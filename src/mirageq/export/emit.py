@@ -67,13 +67,10 @@ def integer_network(student: Student, profile: Profile) -> GraphModule:
     network = student.logits_network()
     graph = network.graph
     parts = {node: network.get_submodule(node.target) for node in graph.find_nodes(op="call_module")}
-    for node, part in parts.items():  # biases first: they need the weights' quantizers
+    biases = student.integer_biases()
+    for node, part in parts.items():  # biases first: they read what takes the place of their weights' quantizers
         if isinstance(part, BiasQuantizer):
-            bias, input_scale, weight_scale = node.args
-            source = weight_scale.args[0]
-            _, scale = parts[source](stored(network, source.args[0]))
-            values = stored(network, bias)
-            step = (stored(network, input_scale) * scale.flatten()).detach()
+            values, step = biases[part.name]
             exact = _IntegerBias(values, step) if profile.integer_bias else _FloatBias(part, values, step)
             _replace(network, node, exact, f"bias_{node.name}")
     for node, part in parts.items():

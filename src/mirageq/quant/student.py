@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from mirageq.errors import UserError
 from mirageq.graph import share, stored
 from mirageq.observe import pool
+from mirageq.quant.fake_quant import INT32_LIMIT
 from mirageq.quant.quantizers import ActivationQuantizer, BiasQuantizer, WeightQuantizer
 from mirageq.quant.ranges import range_observer
 from mirageq.quant.scheme import Scheme
@@ -89,7 +91,7 @@ class Student(nn.Module):
         error comes up they stay.
 
         Raises:
-            UserError: no batch, or an activation that is NaN or infinite.
+            UserError: no batch, an activation that is NaN or infinite, or a bias beyond 32 bits.
         """
         scheme, quantizers = self.scheme, self.activation_quantizers
         for name, quantizer in quantizers.items():
@@ -106,6 +108,26 @@ class Student(nn.Module):
                 part.switch_on()
         for name, (lo, hi) in ranges.items():
             quantizers[name].set_range(lo, hi)
+        for name, (bias, step) in self.integer_biases().items():
+            if (largest := float((bias / step).abs().max())) > INT32_LIMIT:
+                raise UserError(
+                    f"The bias '{name}' needs {largest:.2g} steps of its layer's accumulator, more than 32 bits hold: "
+                    "the input or a weight channel is all but zero. Use the placement 'paper', or prune the channel."
+                )
+
+    def integer_biases(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Bias -> (bias, step), both (O,): an integer runtime stores round(bias / step) in 32 bits."""
+        found = {}
+        for node in self.network.graph.find_nodes(op="call_module"):
+            part = self.network.get_submodule(node.target)
+            if isinstance(part, BiasQuantizer):
+                bias, input_scale, weight_scale = node.args
+                source = weight_scale.args[0]
+                quantizer: WeightQuantizer = self.network.get_submodule(source.target)  # type: ignore[assignment]
+                scale, _ = quantizer.affine(stored(self.network, source.args[0]))
+                step = stored(self.network, input_scale) * scale.flatten()
+                found[part.name] = stored(self.network, bias).detach(), step.detach()
+        return found
 
     def left_in_float(self) -> list[tuple[str, str]]:
         """What is not quantized: (tensor or operation, reason)."""
