@@ -128,6 +128,18 @@ def test_a_method_whose_settings_changed_is_refused(place, capsys):
     assert "iterations = 3, and the plan says 4" in capsys.readouterr().err
 
 
+def test_settings_that_are_newer_than_a_comparison_count_as_their_defaults(place):
+    assert run(place, "--only", "noise w4a4 seed0") == 0
+    protocol, cells = (place / "out" / name for name in ("protocol.json", "cells.jsonl"))
+    table, row = json.loads(protocol.read_text()), rows(place)[0]
+    for recipe in (table["recipe"], row["recipe"]):
+        del recipe["scheme"]["learned_steps"], recipe["tuner"]["mix"]
+    protocol.write_text(json.dumps(table))
+    cells.write_text(json.dumps(row) + "\n")
+    assert run(place, "--only", "noise w4a4 seed0") == 0
+    assert len(rows(place)) == 1
+
+
 def test_show_joins_comparisons_of_one_protocol_and_refuses_others(place, capsys):
     assert run(place, "--only", "noise", out="one") == 0
     assert run(place, "--only", "zeroq", out="two") == 0

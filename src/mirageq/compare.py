@@ -185,7 +185,8 @@ class Comparison:
         done = {row["label"]: row["recipe"] for row in self.rows()}
         for cell in wanted:
             if cell.label in done:
-                _require_same_settings(done[cell.label], recipes.describe(plan.recipe_of(cell)), cell.label)
+                before = recipes.describe(recipes.build(done[cell.label]))  # with settings added since
+                _require_same_settings(before, recipes.describe(plan.recipe_of(cell)), cell.label)
         for index, cell in enumerate(wanted):
             if cell.label not in done:
                 console.rule(f"{cell.label} ({index + 1} of {len(wanted)})")

@@ -10,7 +10,7 @@ from typing import Any
 
 from mirageq.data import LabelledImages
 from mirageq.errors import UserError
-from mirageq.recipe import Recipe, Table, describe
+from mirageq.recipe import Recipe, Table, build, describe
 from mirageq.storage import network_hash
 from mirageq.teacher import Teacher
 
@@ -67,10 +67,14 @@ class Protocol:
             UserError: missing, damaged, or another format.
         """
         try:
-            return Protocol(**json.loads(path.read_text()))
+            table = json.loads(path.read_text())
+            with_defaults = build(
+                {**table["recipe"], "method": {"name": "noise"}}
+            )  # settings added since it was written
+            return Protocol(**{**table, "recipe": _shared(with_defaults)})
         except OSError as error:
             raise UserError(f"{path.parent} holds no comparison: it has no readable {path.name}.") from error
-        except (json.JSONDecodeError, TypeError) as error:
+        except (json.JSONDecodeError, TypeError, KeyError) as error:
             raise UserError(f"{path} is damaged or of another version ({error}).") from error
 
     def save(self, path: Path) -> None:
@@ -91,7 +95,6 @@ class Protocol:
         """The protocol in words, for people."""
         scheme, tuner = self.recipe["scheme"], self.recipe["tuner"]
         placement, ends = scheme["placement"], scheme.get("first_last_bits")
-        taught = ", ".join(f"{name} {value}" for name, value in tuner.items() if name != "name" and value)
         return (
             f"Network {self.network} (weights {self.weights_sha256[:12]}), full precision {self.full_precision:.2f} % "
             f"top-1 on {self.count:,} images of {self.data} ({self.data_sha256[:12]}).\n"
@@ -99,8 +102,15 @@ class Protocol:
             f"first and last layer at {f'{ends} bits' if ends else 'the same bits'}.\n"
             f"Static ranges: weights {scheme['weight_range']}, activations {scheme['activation_range']} on "
             f"{self.recipe['calibration_images']} of the method's {self.recipe['images']} images.\n"
-            f"Tuning: {tuner['name']}, {taught}.\nEvery figure is {self.selection}."
+            f"Tuning: {_in_words(tuner)}.\nEvery figure is {self.selection}."
         )
+
+
+def _in_words(tuner: Table) -> str:
+    """A tuner with the settings that are not zero or off, and the one that follows it."""
+    plain = {name: value for name, value in tuner.items() if name != "name" and value and not isinstance(value, dict)}
+    told = f"{tuner['name']} ({', '.join(f'{name} {value}' for name, value in plain.items())})"
+    return f"{told}, then {_in_words(tuner['then'])}" if "then" in tuner else told
 
 
 def _shared(recipe: Recipe) -> Table:
