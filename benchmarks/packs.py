@@ -21,14 +21,14 @@ from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from mirageq import Noise
-from mirageq.adapters import nncf_dataset, onnxruntime_reader
 from mirageq.data import open_images
 from mirageq.evaluate import accuracy
 from mirageq.export import export_teacher
+from mirageq.export.adapters import nncf_dataset, onnxruntime_reader
+from mirageq.export.pack import open_pack, write_pack
 from mirageq.export.verify import open_file
 from mirageq.images import SyntheticSet
 from mirageq.methods.real import Real
-from mirageq.pack import open_pack, write_pack
 from mirageq.run import NetworkChoice, load_teacher
 
 HERE = Path(__file__).resolve().parent

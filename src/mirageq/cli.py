@@ -18,10 +18,11 @@ from mirageq import methods, recipe
 from mirageq.arguments import parser
 from mirageq.compare import PROTOCOL, Comparison, Plan, Row, joined
 from mirageq.errors import UserError
+from mirageq.folders import RECORD, check_folder
 from mirageq.images import Batch
 from mirageq.methods import METHODS
 from mirageq.protocol import Protocol
-from mirageq.run import IMAGES, RECORD, NetworkChoice, Run, check_folder, load_teacher
+from mirageq.run import IMAGES, NetworkChoice, Run, load_teacher
 from mirageq.tables import describe, page, summary
 from mirageq.teacher import Teacher
 
@@ -143,8 +144,8 @@ def _proving_images(options: argparse.Namespace, run: Run, teacher: Teacher) -> 
 
 
 def _pack(options: argparse.Namespace) -> None:
-    from mirageq.adapters import write_folder, write_numpy
-    from mirageq.pack import open_pack, write_pack
+    from mirageq.export.adapters import write_folder, write_numpy
+    from mirageq.export.pack import open_pack, write_pack
 
     run = Run.open(options.run)
     images = run.images()

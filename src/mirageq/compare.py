@@ -22,12 +22,13 @@ from mirageq import recipe as recipes
 from mirageq.data import LabelledImages
 from mirageq.errors import UserError
 from mirageq.evaluate import accuracy, intra_class_distance, silhouette
+from mirageq.folders import check_folder
 from mirageq.images import Batch, ImageSource, hash_tensors
 from mirageq.journal import Journal, read_history
 from mirageq.pipeline import teach
 from mirageq.protocol import Protocol, first_difference
 from mirageq.recipe import Recipe, Table
-from mirageq.run import check_folder, peak_memory, versions
+from mirageq.run import peak_memory, versions
 from mirageq.teacher import Teacher
 
 PROTOCOL, CELLS = "protocol.json", "cells.jsonl"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch.export import ExportedProgram
 import mirageq
 from mirageq import models
 from mirageq.errors import UserError
+from mirageq.folders import RECORD, check_folder
 from mirageq.images import ImageSource, SyntheticSet, hash_tensors
 from mirageq.journal import Journal
 from mirageq.pipeline import Result, quantize
@@ -27,7 +27,7 @@ from mirageq.storage import load_student, network_hash, save_student
 from mirageq.teacher import Teacher
 
 FORMAT = 1
-RECORD, IMAGES, STUDENT = "run.json", "synthetic.safetensors", "student.safetensors"
+IMAGES, STUDENT = "synthetic.safetensors", "student.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,25 +246,6 @@ def load(
         raise UserError(f"{path} is not the folder of a run; for a file, give the model it was made from as well.")
     run = Run.open(path)
     return run.student(load_teacher(run.choice, device))
-
-
-def check_folder(folder: Path) -> None:
-    """Raise a `UserError` unless `folder` is a place where a new run can be written; creates nothing."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"The output {folder} is a file; give a folder.")
-    if (folder / RECORD).exists():
-        raise UserError(
-            f"{folder} already holds a run. Give another folder, or continue that run with: "
-            f"mirageq quantize --resume {folder}"
-        )
-    if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"The output folder {folder} is not empty; give a new or empty one.")
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise UserError(f"The output folder {folder} cannot be written: {error.strerror}.") from error
 
 
 def versions() -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Calibration packs: synthetic images as plain pixels, for any tool that calibrates on real ones.
 
 A pack is a folder: `pixels.npy` (N, H, W, C) uint8 RGB, `labels.npy` (N,) int64, and `pack.json`, which tells how a
-pixel becomes the network's input. The adapters (`mirageq.adapters`) turn it into what each tool reads.
+pixel becomes the network's input. The adapters (`mirageq.export.adapters`) turn it into what each tool reads.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from mirageq.errors import UserError
+from mirageq.folders import check_folder
 from mirageq.images import Batch
-from mirageq.run import check_folder
 from mirageq.teacher import Teacher
 
 FORMAT = 1

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from mirageq import Teacher, UserError, cli
-from mirageq.adapters import nncf_dataset, onnxruntime_reader, torch_loader, write_folder, write_numpy
 from mirageq.data import open_images
 from mirageq.export import export_teacher
+from mirageq.export.adapters import nncf_dataset, onnxruntime_reader, torch_loader, write_folder, write_numpy
+from mirageq.export.pack import open_pack, write_pack
 from mirageq.images import Batch
-from mirageq.pack import open_pack, write_pack
 from mirageq.testing import SHAPE, TinyResNet
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from mirageq.errors import UserError
-from mirageq.pack import Pack
+from mirageq.export.pack import Pack
 
 
 def onnxruntime_reader(pack: Pack, input_name: str = "images", *, batch_size: int = 1) -> Any:

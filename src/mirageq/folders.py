@@ -1,0 +1,30 @@
+"""Where results may be written."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from mirageq.errors import UserError
+
+RECORD = "run.json"
+"""The file that makes a folder a run's."""
+
+
+def check_folder(folder: Path) -> None:
+    """Raise a `UserError` unless `folder` is a place where a new run can be written; creates nothing."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"The output {folder} is a file; give a folder.")
+    if (folder / RECORD).exists():
+        raise UserError(
+            f"{folder} already holds a run. Give another folder, or continue that run with: "
+            f"mirageq quantize --resume {folder}"
+        )
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"The output folder {folder} is not empty; give a new or empty one.")
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(f"The output folder {folder} cannot be written: {error.strerror}.") from error
