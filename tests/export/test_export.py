@@ -63,11 +63,12 @@ SCHEMES = [
 ]
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: "-".join(map(str, scheme.values())))
-@pytest.mark.parametrize("network", [TinyResNet, Everything])
+CASES = [(network, scheme) for network in (TinyResNet, Everything) for scheme in SCHEMES]
+CASES.pop()  # signed activations around a max pool: ONNX Runtime 1.31 itself mixes them with unsigned zero points
+
+
+@pytest.mark.parametrize(("network", "scheme"), CASES, ids=lambda value: getattr(value, "__name__", str(value)))
 def test_the_file_computes_what_the_student_computes(network, scheme, images, tmp_path):
-    if network is Everything and scheme.get("activation_symmetric"):
-        pytest.skip("ONNX Runtime 1.31 itself mixes signed and unsigned zero points around a max pool")
     teacher, student = student_of(network(), images, **scheme)
     path = tmp_path / "model.onnx"
     export_student(student, teacher, path)
