@@ -38,3 +38,18 @@ def test_curves_are_drawn_from_a_history_with_zeros_and_notes(tmp_path):
     (tmp_path / "history.jsonl").write_text("")
     loss_curves(tmp_path / "history.jsonl", tmp_path / "empty.png")
     assert (tmp_path / "empty.png").exists()
+
+
+def test_generators_and_reconstruction_have_curves_of_their_own(tmp_path, monkeypatch):
+    from mirageq import report
+
+    rows = [
+        {"stage": stage, "step": step, "loss": 1.0 + step}
+        for stage in ("generator", "reconstruct", "tune")
+        for step in (0, 1)
+    ]
+    (tmp_path / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    titles = []
+    monkeypatch.setattr(report, "_draw", lambda axis, title, stages: titles.append(title))
+    loss_curves(tmp_path / "history.jsonl", tmp_path / "curves.png")
+    assert titles == ["the generator's warm-up", "reconstruction, block by block", "tuning"]

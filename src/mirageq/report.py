@@ -56,12 +56,12 @@ def contact_sheet(
 
 
 def loss_curves(history: Path, path: Path) -> None:
-    """Write a PNG with the loss terms of synthesis (all batches over one another) and of tuning."""
+    """Write a PNG with the loss terms of synthesis (all batches over one another), of a generator, and of tuning."""
     curves = _curves(read_history(history))
     painting = {stage: terms for stage, terms in curves.items() if stage.startswith("images")}
     panels = [("synthesis, one line a batch", painting)] if painting else []
-    if "tune" in curves:
-        panels.append(("tuning", {"tune": curves["tune"]}))
+    titles = {"generator": "the generator's warm-up", "reconstruct": "reconstruction, block by block", "tune": "tuning"}
+    panels += [(title, {stage: curves[stage]}) for stage, title in titles.items() if stage in curves]
     figure, axes = plt.subplots(1, max(len(panels), 1), figsize=(6 * max(len(panels), 1), 4), squeeze=False)
     for axis, (title, stages) in zip(axes[0], panels, strict=False):
         _draw(axis, title, stages)
