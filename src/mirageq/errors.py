@@ -32,3 +32,9 @@ def check_choices(settings: object) -> None:
         value = getattr(settings, name)
         if get_origin(hint) is Literal and value not in get_args(hint):
             raise UserError(f"Unknown {name} {value!r}; {did_you_mean(str(value), get_args(hint))}.")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, without its full stop; its name if it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".")

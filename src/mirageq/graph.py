@@ -20,7 +20,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.fx.graph import CodeGen
 
-from mirageq.errors import UserError
+from mirageq.errors import UserError, first_line
 
 aten = torch.ops.aten
 
@@ -93,7 +93,7 @@ def load_exported(path: Path) -> tuple[ExportedProgram, tuple[int, int, int]]:
             warnings.simplefilter("ignore")
             program = torch.export.load(path)
     except Exception as error:
-        raise UserError(f"{path} is not a readable exported program ({_first_line(error)}).") from error
+        raise UserError(f"{path} is not a readable exported program ({first_line(error)}).") from error
     images = [
         node for node in program.graph.find_nodes(op="placeholder") if node.name in program.graph_signature.user_inputs
     ]
@@ -171,13 +171,13 @@ def _export(model: nn.Module, image_shape: tuple[int, int, int]) -> ExportedProg
     except Exception as error:
         raise UserError(
             f"The network does not accept images of shape {tuple(image_shape)} (channels, height, width): "
-            f"{_first_line(error)}. Give the shape it was trained with."
+            f"{first_line(error)}. Give the shape it was trained with."
         ) from error
     try:
         return torch.export.export(frozen, (images,), dynamic_shapes=({0: Dim("batch", min=1)},))
     except Exception as error:
         raise UserError(
-            f"torch.export cannot capture the network with a free batch size: {_first_line(error)}. "
+            f"torch.export cannot capture the network with a free batch size: {first_line(error)}. "
             "Forward code that branches on tensor values or on the batch size must be rewritten."
         ) from error
 
@@ -192,8 +192,3 @@ def _restore_batch_norm(graph: torch.fx.Graph, node: Node) -> None:
         item.replace_all_uses_with(whole)
         graph.erase_node(item)
     graph.erase_node(node)
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".")

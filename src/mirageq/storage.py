@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mirageq.errors import UserError
+from mirageq.errors import UserError, first_line
 from mirageq.images import hash_tensors
 from mirageq.quant import Scheme, Student, convert
 from mirageq.recipe import settings
@@ -52,7 +52,7 @@ def load_student(path: Path, teacher: Teacher) -> Student:
             header = json.loads((file.metadata() or {}).get(HEADER, "null"))
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} does not hold a student: it is missing or damaged ({_first_line(error)}).") from error
+        raise UserError(f"{path} does not hold a student: it is missing or damaged ({first_line(error)}).") from error
     if not isinstance(header, dict):
         raise UserError(f"{path} does not hold a student: no mirageq header. Give a file that mirageq wrote.")
     if header.get("format") != FORMAT:
@@ -69,9 +69,5 @@ def load_student(path: Path, teacher: Teacher) -> Student:
     try:
         student.load_state_dict(state)
     except RuntimeError as error:
-        raise UserError(f"{path} does not fit its own scheme ({_first_line(error)}); it is damaged.") from error
+        raise UserError(f"{path} does not fit its own scheme ({first_line(error)}); it is damaged.") from error
     return student.to(teacher.device)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mirageq import methods
@@ -56,6 +57,24 @@ class TinyResNet(nn.Module):
         x = torch.relu(x + self.bn2(self.conv2(x)))
         x = torch.relu(self.bn3(self.conv3(x)))
         return self.linear(x.mean((2, 3)))
+
+
+class TinyDense(nn.Module):
+    """Three convolutions whose outputs are all read at the end: no cut between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, padding=1)
+        self.layers = nn.ModuleList(nn.Conv2d(4 * (n + 1), 4, 3, padding=1) for n in range(3))
+        self.last = nn.Linear(16, 5)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = [F.relu(self.first(x))]
+        for layer in self.layers:
+            found.append(F.relu(layer(torch.cat(found, 1))))
+        logits: Tensor = self.last(torch.cat(found, 1).mean((2, 3)))
+        return logits
 
 
 def quick(kind: type) -> Method:

@@ -8,7 +8,7 @@ from torch import nn
 from mirageq import Scheme, Teacher
 from mirageq.quant import convert
 from mirageq.quant.blocks import between, find_blocks
-from mirageq.testing import SHAPE, TinyResNet
+from mirageq.testing import SHAPE, TinyDense, TinyResNet
 
 
 def blocks_of(network, placement="paper", fewest=1):
@@ -20,23 +20,6 @@ def blocks_of(network, placement="paper", fewest=1):
     return student, graph, find_blocks(graph, output.args[0], fewest)
 
 
-class Dense(nn.Module):
-    """Three convolutions whose outputs are all read at the end: no cut between them."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Conv2d(3, 4, 3, padding=1)
-        self.layers = nn.ModuleList(nn.Conv2d(4 * (n + 1), 4, 3, padding=1) for n in range(3))
-        self.last = nn.Linear(16, 5)
-        self.eval()
-
-    def forward(self, x):
-        found = [F.relu(self.first(x))]
-        for layer in self.layers:
-            found.append(F.relu(layer(torch.cat(found, 1))))
-        return self.last(torch.cat(found, 1).mean((2, 3)))
-
-
 @pytest.mark.parametrize("placement", ["paper", "deploy"])
 def test_a_residual_block_lies_between_two_cuts(placement):
     _, _, blocks = blocks_of(TinyResNet(), placement)
@@ -44,7 +27,7 @@ def test_a_residual_block_lies_between_two_cuts(placement):
 
 
 def test_what_has_no_cut_is_one_block():
-    _, _, blocks = blocks_of(Dense())
+    _, _, blocks = blocks_of(TinyDense())
     assert [block.layers for block in blocks] == [("first",), ("layers.0", "layers.1", "layers.2"), ("last",)]
 
 
@@ -54,7 +37,7 @@ def test_small_neighbours_are_joined():
     assert blocks[0].name == "conv1 - conv2"
 
 
-@pytest.mark.parametrize("network", [TinyResNet, Dense])
+@pytest.mark.parametrize("network", [TinyResNet, TinyDense])
 @pytest.mark.parametrize("placement", ["paper", "deploy"])
 @pytest.mark.parametrize("fewest", [1, 2])
 def test_blocks_one_after_the_other_are_the_network(network, placement, fewest):

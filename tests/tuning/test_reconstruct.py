@@ -2,35 +2,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from mirageq import Distill, Journal, Noise, Scheme, Teacher, UserError, recipe
 from mirageq.pipeline import calibrate
 from mirageq.quant import convert
 from mirageq.quant.fake_quant import grid
 from mirageq.quant.quantizers import ActivationQuantizer, WeightQuantizer
-from mirageq.testing import SHAPE, TinyResNet
+from mirageq.testing import SHAPE, TinyDense, TinyResNet
 from mirageq.tuning.reconstruct import Reconstruct
 from mirageq.tuning.soft import DroppingActivation, SoftWeight
-
-
-class Dense(nn.Module):
-    """Three convolutions whose outputs are all read at the end: no cut between them."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Conv2d(3, 4, 3, padding=1)
-        self.layers = nn.ModuleList(nn.Conv2d(4 * (n + 1), 4, 3, padding=1) for n in range(3))
-        self.last = nn.Linear(16, 5)
-        self.eval()
-
-    def forward(self, x):
-        found = [F.relu(self.first(x))]
-        for layer in self.layers:
-            found.append(F.relu(layer(torch.cat(found, 1))))
-        return self.last(torch.cat(found, 1).mean((2, 3)))
-
 
 QUICK = {"steps": 60, "batch_size": 16, "images": 64}
 
@@ -130,7 +110,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(teacher, source, tmp_path):
 
 
 def test_a_network_without_blocks_is_taken_layer_by_layer_and_it_is_said(source):
-    teacher = Teacher.wrap(Dense(), SHAPE)
+    teacher = Teacher.wrap(TinyDense(), SHAPE)
     student = student_of(teacher, source)
     journal = Journal()
     Reconstruct(**QUICK, layers_per_block=1, most_layers=2).tune(teacher, student, source, journal=journal)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mirageq.errors import UserError, did_you_mean
+from mirageq.errors import UserError, did_you_mean, first_line
 from mirageq.quant import Student
 
 CHUNK = 20
@@ -142,7 +142,7 @@ def _onnxruntime(path: Path, threads: int) -> Run:
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions share no public base class
-        raise UserError(f"ONNX Runtime cannot read {path}: {_first_line(error)}.") from error
+        raise UserError(f"ONNX Runtime cannot read {path}: {first_line(error)}.") from error
     return lambda images: session.run(None, {"images": images})[0]
 
 
@@ -157,12 +157,8 @@ def _openvino(path: Path, threads: int) -> Run:
     try:
         model = openvino.Core().compile_model(str(path), "CPU", settings)
     except RuntimeError as error:
-        raise UserError(f"OpenVINO cannot read {path}: {_first_line(error)}.") from error
+        raise UserError(f"OpenVINO cannot read {path}: {first_line(error)}.") from error
     return lambda images: model([images])[0]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 RUNTIMES: dict[str, Callable[[Path, int], Run]] = {"onnxruntime": _onnxruntime, "openvino": _openvino}

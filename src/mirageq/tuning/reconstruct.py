@@ -130,7 +130,7 @@ class Reconstruct:
         if done == len(blocks):
             return
         with tempfile.TemporaryDirectory() as folder, journal.stage("reconstruct", len(blocks), start=done) as advance:
-            full = quantized = _Cache.of(images, Path(folder), self.cache_bytes)
+            full = quantized = _Cache(images, Path(folder), self.cache_bytes)
             for index, block in enumerate(blocks):
                 run = between(network, block.start, block.end)
                 with _in_float(network):
@@ -238,10 +238,6 @@ class _Cache:
 
     def __init__(self, values: Tensor | np.ndarray, folder: Path, limit: int) -> None:
         self.values, self.folder, self.limit = values, folder, limit
-
-    @staticmethod
-    def of(values: Tensor, folder: Path, limit: int) -> _Cache:
-        return _Cache(values, folder, limit)
 
     def __len__(self) -> int:
         return len(self.values)
