@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from mirageq import cli, compare
-from mirageq.compare import Plan
 from mirageq.errors import UserError
+from mirageq.plan import Plan
 from mirageq.testing import SHAPE
 
 TINY = ["py:mirageq.testing:TinyResNet", "--image-shape", ",".join(map(str, SHAPE)), "--device", "cpu"]

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from mirageq import methods, recipe
 from mirageq.arguments import parser
-from mirageq.compare import PROTOCOL, Comparison, Plan, Row, joined
+from mirageq.compare import PROTOCOL, Comparison, Row, joined
 from mirageq.errors import UserError
 from mirageq.folders import RECORD, check_folder
 from mirageq.images import Batch
 from mirageq.methods import METHODS
+from mirageq.plan import Plan
 from mirageq.protocol import Protocol
 from mirageq.run import IMAGES, NetworkChoice, Run, load_teacher
 from mirageq.tables import describe, page, summary

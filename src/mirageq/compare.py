@@ -10,7 +10,6 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from mirageq.folders import check_folder
 from mirageq.images import Batch, ImageSource, hash_tensors
 from mirageq.journal import Journal, read_history
 from mirageq.pipeline import teach
+from mirageq.plan import Cell, Plan
 from mirageq.protocol import Protocol, first_difference
 from mirageq.recipe import Recipe, Table
 from mirageq.run import peak_memory, versions
@@ -35,95 +35,6 @@ PROTOCOL, CELLS = "protocol.json", "cells.jsonl"
 MEASURED_IMAGES = 1000  # images whose features are looked at
 
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What is compared.
-
-    Attributes:
-        methods: label -> the method's table (`name`, settings); the label is the name where none is given.
-        bits: such as "w4a4".
-        seeds: one cell for each.
-        recipe: a recipe file or the name of a shipped one; its method and bits are replaced.
-        variants: label -> settings (`tuner.steps=0`) that a cell has besides.
-        network, data: what `mirageq compare` measures unless told otherwise.
-    """
-
-    methods: dict[str, Table]
-    bits: tuple[str, ...] = ("w4a4",)
-    seeds: tuple[int, ...] = (0,)
-    recipe: str | None = None
-    variants: dict[str, list[str]] = field(default_factory=lambda: {"": []})
-    network: str | None = None
-    data: str | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("methods", "bits", "seeds", "variants"):
-            if not getattr(self, name):
-                raise UserError(f"A comparison needs at least one of its {name}.")
-
-    @staticmethod
-    def read(path: str) -> Plan:
-        """The plan in a TOML file.
-
-        Raises:
-            UserError: not TOML, or an unknown setting.
-        """
-        return Plan.of(recipes.read(path), path)
-
-    @staticmethod
-    def of(table: Table, where: str) -> Plan:
-        plain = {key: value for key, value in table.items() if key not in ("methods", "variants")}
-        tables = {key: table[key] for key in ("methods", "variants") if key in table}
-        recipes.check_names(Plan, table, where)
-        typed = recipes.settings(_PlainPlan, plain, where)
-        return Plan(**{name: getattr(typed, name) for name in plain}, **{"methods": {}, **tables})
-
-    def cells(self) -> list[Cell]:
-        return [
-            Cell(method, bits, seed, variant)
-            for seed in self.seeds
-            for method in self.methods
-            for bits in self.bits
-            for variant in self.variants
-        ]
-
-    def recipe_of(self, cell: Cell) -> Recipe:
-        base = recipes.read(self.recipe) if self.recipe else {}
-        table = {**base, "method": {"name": cell.method, **self.methods[cell.method]}}
-        return recipes.build(recipes.assign(recipes.set_bits(table, cell.bits), self.variants[cell.variant]))
-
-    def check(self) -> Recipe:
-        """Build every cell's recipe, so that a mistake shows before anything is computed; returns the first."""
-        return [self.recipe_of(cell) for cell in self.cells()][0]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _PlainPlan:
-    bits: tuple[str, ...] = ()
-    seeds: tuple[int, ...] = ()
-    recipe: str | None = None
-    network: str | None = None
-    data: str | None = None
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One figure of a comparison."""
-
-    method: str
-    bits: str
-    seed: int
-    variant: str = ""
-
-    @property
-    def label(self) -> str:
-        return f"{self.method} {self.bits} seed{self.seed} {self.variant}".strip()
-
-    @property
-    def folder(self) -> str:
-        return self.label.replace(" ", "_").replace("/", "_")
 
 
 class Comparison:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mirageq.errors import UserError
 from mirageq.observe import Observation
 from mirageq.teacher import BatchNormStatistics
 
@@ -59,6 +60,14 @@ def bn_alignment(seen: Observation, remembered: Iterable[BatchNormStatistics]) -
         mean, var = channel_statistics(seen.bn_inputs[norm.name])
         terms.append(F.mse_loss(mean, norm.mean) + F.mse_loss(var, norm.var))
     return torch.stack(terms).mean()
+
+
+def check_margins(low: float, high: float) -> None:
+    """Raise a `UserError` unless `marginal_distance` can take these margins."""
+    if not 0 <= low <= high <= 2:
+        raise UserError(
+            f"The margins are cosine distances with 0 <= margin_low <= margin_high <= 2; got {low} and {high}."
+        )
 
 
 def marginal_distance(features: Tensor, centres: Tensor, known: Tensor, low: float, high: float) -> Tensor:

@@ -35,7 +35,7 @@ from mirageq.augment import random_resized_crop
 from mirageq.errors import UserError
 from mirageq.images import ImageSource
 from mirageq.journal import Journal
-from mirageq.losses import bn_alignment, marginal_distance
+from mirageq.losses import bn_alignment, check_margins, marginal_distance
 from mirageq.paint import Canvas, Descent
 from mirageq.teacher import Teacher
 
@@ -66,11 +66,7 @@ class IntraQ(Descent):
         super().__post_init__()
         if not 0 < self.crop_scale <= 1:
             raise UserError(f"crop_scale is a fraction of the image's area in (0, 1]; got {self.crop_scale}.")
-        if not 0 <= self.margin_low <= self.margin_high <= 2:
-            raise UserError(
-                f"The margins are cosine distances with 0 <= margin_low <= margin_high <= 2; "
-                f"got {self.margin_low} and {self.margin_high}."
-            )
+        check_margins(self.margin_low, self.margin_high)
         for name in ("crop_probability", "target_low"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is a probability in [0, 1]; got {getattr(self, name)}.")

@@ -30,11 +30,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mirageq.errors import UserError
 from mirageq.generator import Draw, GeneratorSource, GeneratorTraining
 from mirageq.images import ImageSource
 from mirageq.journal import Journal
-from mirageq.losses import channel_statistics, marginal_distance
+from mirageq.losses import channel_statistics, check_margins, marginal_distance
 from mirageq.observe import Observation
 from mirageq.paint import Canvas, Descent
 from mirageq.seeding import stream
@@ -72,11 +71,7 @@ class TexQ(GeneratorTraining):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.margin_low <= self.margin_high <= 2:
-            raise UserError(
-                f"The margins are cosine distances with 0 <= margin_low <= margin_high <= 2; "
-                f"got {self.margin_low} and {self.margin_high}."
-            )
+        check_margins(self.margin_low, self.margin_high)
 
     def synthesize(self, teacher: Teacher, count: int, *, seed: int = 0, journal: Journal | None = None) -> ImageSource:
         """Paint a calibration image for each class, take its features as the centre, and train the generator."""
