@@ -136,7 +136,7 @@ def paint(
     Raises:
         UserError: the loss became NaN or infinite.
     """
-    images = start.clone().requires_grad_()
+    images = start.clone(memory_format=torch.channels_last).requires_grad_()
     optimizer = torch.optim.Adam([images], lr=settings.lr)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
         optimizer, factor=settings.lr_factor, patience=settings.patience, min_lr=settings.min_lr
