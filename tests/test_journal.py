@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 
+import pytest
 from rich.console import Console
 
 from mirageq.journal import Journal, read_history
@@ -31,6 +32,22 @@ def test_a_line_cut_short_is_left_out(tmp_path):
     file = tmp_path / "history.jsonl"
     file.write_text('{"stage": "tune", "step": 0, "loss": 1.0}\n{"stage": "tu')
     assert len(read_history(file)) == 1
+
+
+def test_seconds_add_up_over_interrupted_and_killed_calls(tmp_path, monkeypatch):
+    clock = iter([0.0, 2.0, 10.0, 13.0, 13.5, 20.0, 21.0, 30.0])
+    monkeypatch.setattr("mirageq.journal.time.perf_counter", lambda: next(clock))
+    with pytest.raises(KeyboardInterrupt), Journal(tmp_path).timed("tune"):  # 0 to 2
+        raise KeyboardInterrupt
+    killed = Journal(tmp_path)
+    alive = killed.timed("tune")
+    alive.__enter__()  # from 10 on, never left
+    killed.checkpoint("tune").save({})  # at 13
+    killed.checkpoint("tune").save({})  # at 13.5
+    journal = Journal(tmp_path)
+    with journal.timed("calibrate"):  # 20 to 21
+        pass
+    assert journal.seconds == {"tune": 5.5, "calibrate": 1.0}
 
 
 def test_checkpoints_wait_for_their_time_and_vanish_when_cleared(tmp_path):

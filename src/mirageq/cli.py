@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,11 +19,10 @@ from mirageq.compare import PROTOCOL, Comparison, Row, joined
 from mirageq.errors import UserError
 from mirageq.folders import RECORD, check_folder
 from mirageq.images import Batch
-from mirageq.methods import METHODS
 from mirageq.plan import Plan
 from mirageq.protocol import Protocol
 from mirageq.run import IMAGES, NetworkChoice, Run, load_teacher
-from mirageq.tables import describe, page, summary
+from mirageq.tables import describe, page
 from mirageq.teacher import Teacher
 
 INTERRUPTED = 130
@@ -185,7 +183,8 @@ def _methods(options: argparse.Namespace) -> None:
 def _compare(options: argparse.Namespace) -> None:
     from mirageq.data import open_images
 
-    plan = _plan(options)
+    given = {"network": options.model, "data": options.data and str(options.data), "recipe": options.recipe}
+    plan = Plan.asked(options.plan, options.methods, given | {"bits": options.bits, "seeds": options.seeds})
     wanted = plan.check()
     if not (plan.network and plan.data and options.out):
         raise UserError("A comparison needs a MODEL, --data and --out FOLDER.")
@@ -195,18 +194,7 @@ def _compare(options: argparse.Namespace) -> None:
     comparison = Comparison.begin(options.out, plan.network, teacher, data, wanted, options.work)
     console.print(comparison.protocol.sentences(), highlight=False)
     comparison.fill(plan, teacher, data, console, options.only)
-    _write_tables(comparison.protocol, comparison.rows(), options.out, comparison.features())
-
-
-def _plan(options: argparse.Namespace) -> Plan:
-    """The plan file, with what the command line says instead."""
-    table = recipe.read(str(options.plan)) if options.plan else {}
-    given = {"network": options.model, "data": options.data and str(options.data), "recipe": options.recipe}
-    given |= {"bits": options.bits, "seeds": options.seeds}
-    if options.methods or not table:
-        described = table.get("methods", {})
-        given["methods"] = {name: described.get(name, {}) for name in options.methods or METHODS}
-    return Plan.of({**table, **{key: value for key, value in given.items() if value}}, str(options.plan or "the plan"))
+    _show_comparison(comparison.protocol, comparison.rows(), options.out, comparison.features())
 
 
 def _show(options: argparse.Namespace) -> None:
@@ -216,21 +204,14 @@ def _show(options: argparse.Namespace) -> None:
     else:
         protocol, rows = joined(options.folder)
         features = Comparison.open(first).features() if len(options.folder) == 1 else {}
-        _write_tables(protocol, rows, first, features)
+        _show_comparison(protocol, rows, first, features)
 
 
-def _write_tables(protocol: Protocol, rows: list[Row], folder: Path, features: dict[str, Batch]) -> None:
-    from mirageq.report import accuracy_plot, feature_map
+def _show_comparison(protocol: Protocol, rows: list[Row], folder: Path, features: dict[str, Batch]) -> None:
+    from mirageq.report import write_comparison
 
-    text = page(protocol, rows)
-    print(text)
-    if rows:
-        (folder / "table.md").write_text(text)
-        (folder / "table.json").write_text(json.dumps(summary(rows), indent=2) + "\n")
-        accuracy_plot(rows, folder / "accuracy.png")
-    if features:
-        feature_map(features, folder / "features.png")
-    print(f"wrote {', '.join(str(path) for path in sorted(folder.glob('*.*')) if path.stem != 'protocol')}")
+    print(page(protocol, rows))
+    print(f"wrote {', '.join(map(str, write_comparison(protocol, rows, folder, features)))}")
 
 
 def _show_run(folder: Path) -> None:

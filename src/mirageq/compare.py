@@ -7,8 +7,6 @@ A comparison is a folder: `protocol.json`, one line of `cells.jsonl` for each fi
 from __future__ import annotations
 
 import json
-import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from mirageq import recipe as recipes
 from mirageq.data import LabelledImages
 from mirageq.errors import UserError
 from mirageq.evaluate import accuracy, intra_class_distance, silhouette
-from mirageq.folders import check_folder
+from mirageq.folders import check_folder, write_text
 from mirageq.images import Batch, ImageSource, hash_tensors
 from mirageq.journal import Journal, read_history
 from mirageq.pipeline import teach
@@ -119,23 +117,24 @@ class Comparison:
         return found
 
     def _compute(self, wanted: Recipe, cell: Cell, teacher: Teacher, data: LabelledImages, console: Console) -> Row:
-        started = time.perf_counter()
         folder = self._images_folder(cell.method, cell.seed)
         folder.mkdir(parents=True, exist_ok=True)
         settings = _remembered(folder / "method.json", recipes.describe_part(wanted.method))
         _require_same_settings(settings, recipes.describe_part(wanted.method), str(folder))
-        source = wanted.method.synthesize(teacher, wanted.images, seed=cell.seed, journal=Journal(folder, console))
-        seconds = {"synthesize": _remembered(folder / "seconds.json", time.perf_counter() - started)}
+        painting = Journal(folder, console)
+        with painting.timed("synthesize"):
+            source = wanted.method.synthesize(teacher, wanted.images, seed=cell.seed, journal=painting)
         workplace = self.work / "cells" / cell.folder
         workplace.mkdir(parents=True, exist_ok=True)
-        student, taught = teach(
+        learning = Journal(workplace, console)
+        student = teach(
             teacher,
             source,
             wanted.scheme,
             wanted.tuner,
             calibration_images=wanted.calibration_images,
             seed=cell.seed,
-            journal=Journal(workplace, console),
+            journal=learning,
         )
         measured = accuracy(student, data, teacher.mean, teacher.std, device=str(teacher.device))
         return {
@@ -151,7 +150,7 @@ class Comparison:
             "full_precision": self.protocol.full_precision,
             "images": self._look_at(source, wanted.images, teacher, folder),
             "recipe": recipes.describe(wanted),
-            "seconds": {name: round(value, 1) for name, value in (seconds | taught).items()},
+            "seconds": {name: round(value, 1) for name, value in (painting.seconds | learning.seconds).items()},
             "peak_memory_bytes": peak_memory(),
             "bytes": student.size().total_bytes,
             "versions": versions(),
@@ -176,10 +175,7 @@ class Comparison:
         return self.work / "images" / f"{method}-seed{seed}".replace(" ", "_").replace("/", "_")
 
     def _add(self, row: Row) -> None:
-        path = self.folder / CELLS
-        written = path.with_suffix(".new")
-        written.write_text("".join(json.dumps(each) + "\n" for each in [*self.rows(), row]))
-        os.replace(written, path)
+        write_text(self.folder / CELLS, "".join(json.dumps(each) + "\n" for each in [*self.rows(), row]))
 
 
 def joined(folders: Sequence[Path]) -> tuple[Protocol, list[Row]]:

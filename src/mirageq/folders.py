@@ -1,7 +1,8 @@
-"""Where results may be written."""
+"""Where results may be written, and how a file is replaced at once."""
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -9,6 +10,13 @@ from mirageq.errors import UserError
 
 RECORD = "run.json"
 """The file that makes a folder a run's."""
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that an interruption leaves the old one or the new one, never a part."""
+    written = path.with_name(f"{path.name}.new")
+    written.write_text(text)
+    os.replace(written, path)
 
 
 def check_folder(folder: Path) -> None:

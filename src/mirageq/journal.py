@@ -14,6 +14,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mirageq.folders import write_text
+
+SECONDS = "seconds.json"
+
 Advance = Callable[..., None]
 """`advance(step, **values)`: step `step` (0-based) is done, with these numbers to remember."""
 
@@ -37,6 +41,23 @@ class Journal:
         self._file = folder / "history.jsonl" if folder else None
         if self._file and self._file.exists():
             self.history = read_history(self._file)
+        self.seconds: dict[str, float] = {}
+        self._clock: tuple[str, float] | None = None
+        if folder and (folder / SECONDS).exists():
+            self.seconds = json.loads((folder / SECONDS).read_text())
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the wall-clock seconds spent inside to `seconds[name]`, with those of calls that were interrupted.
+
+        A call that is killed counts up to its last checkpoint.
+        """
+        self._clock = name, time.perf_counter()
+        try:
+            yield
+        finally:
+            self._note_time()
+            self._clock = None
 
     @contextmanager
     def stage(self, name: str, total: int, *, start: int = 0) -> Iterator[Advance]:
@@ -74,7 +95,15 @@ class Journal:
     def checkpoint(self, name: str) -> Checkpoint:
         """The checkpoint slot `name` of this run."""
         path = self.folder / "checkpoints" / f"{name}.pt" if self.folder else None
-        return Checkpoint(path, self.checkpoint_seconds)
+        return Checkpoint(path, self.checkpoint_seconds, self._note_time)
+
+    def _note_time(self) -> None:
+        if self._clock:
+            (name, since), now = self._clock, time.perf_counter()
+            self.seconds[name] = self.seconds.get(name, 0.0) + now - since
+            self._clock = name, now
+            if self.folder:
+                write_text(self.folder / SECONDS, json.dumps(self.seconds) + "\n")
 
     def _append(self, row: dict[str, Any]) -> None:
         self.history.append(row)
@@ -102,8 +131,8 @@ class Journal:
 class Checkpoint:
     """One resumable state on disk, replaced atomically; does nothing without a path."""
 
-    def __init__(self, path: Path | None, seconds: float) -> None:
-        self.path, self.seconds, self._saved_at = path, seconds, time.monotonic()
+    def __init__(self, path: Path | None, seconds: float, saved: Callable[[], None]) -> None:
+        self.path, self.seconds, self._saved, self._saved_at = path, seconds, saved, time.monotonic()
 
     def load(self) -> dict[str, Any] | None:
         """The saved state, or None."""
@@ -123,6 +152,7 @@ class Checkpoint:
             written = self.path.with_suffix(".new")
             torch.save(state, written)
             os.replace(written, self.path)
+            self._saved()
             self._saved_at = time.monotonic()
 
     def clear(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -81,13 +80,10 @@ def quantize(
         teacher = Teacher.wrap(model, image_shape, device=device)
     scheme, tuner = scheme or Scheme(), tuner or Distill()
     convert(teacher.network, scheme)  # refuses a scheme that does not fit before any image is made
-    started = time.perf_counter()
-    source = method.synthesize(teacher, images, seed=seed, journal=journal)
-    synthesized = {"synthesize": time.perf_counter() - started}
-    student, seconds = teach(
-        teacher, source, scheme, tuner, calibration_images=calibration_images, seed=seed, journal=journal
-    )
-    return Result(teacher, student, source, synthesized | seconds)
+    with journal.timed("synthesize"):
+        source = method.synthesize(teacher, images, seed=seed, journal=journal)
+    student = teach(teacher, source, scheme, tuner, calibration_images=calibration_images, seed=seed, journal=journal)
+    return Result(teacher, student, source, journal.seconds)
 
 
 def teach(
@@ -99,15 +95,14 @@ def teach(
     calibration_images: int,
     seed: int,
     journal: Journal,
-) -> tuple[Student, dict[str, float]]:
-    """Convert, calibrate and tune a student on images that exist; with it the seconds of each stage."""
-    clock = _Clock()
+) -> Student:
+    """Convert, calibrate and tune a student on images that exist; the journal keeps the seconds of each stage."""
     student = convert(teacher.network, scheme).to(teacher.device)
-    calibrate(student, source, calibration_images)
-    clock.lap("calibrate")
-    tuner.tune(teacher, student, source, seed=seed, journal=journal)
-    clock.lap("tune")
-    return student, clock.seconds
+    with journal.timed("calibrate"):
+        calibrate(student, source, calibration_images)
+    with journal.timed("tune"):
+        tuner.tune(teacher, student, source, seed=seed, journal=journal)
+    return student
 
 
 def calibrate(student: Student, source: ImageSource, images: int) -> None:
@@ -116,15 +111,3 @@ def calibrate(student: Student, source: ImageSource, images: int) -> None:
         raise UserError(f"calibration_images must be positive; got {images}.")
     device = next(student.parameters()).device
     student.calibrate(chunk.to(device) for chunk in source.sample(images).images.split(CALIBRATION_BATCH))
-
-
-class _Clock:
-    """Wall-clock seconds between laps."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.seconds[name], self._last = now - self._last, now

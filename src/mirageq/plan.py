@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from mirageq import recipe as recipes
 from mirageq.errors import UserError
+from mirageq.methods import METHODS
 from mirageq.recipe import Recipe, Table
 
 
@@ -43,6 +46,15 @@ class Plan:
             UserError: not TOML, or an unknown setting.
         """
         return Plan.of(recipes.read(path), path)
+
+    @staticmethod
+    def asked(path: Path | None, labels: Sequence[str] | None, given: Table) -> Plan:
+        """The plan in a file, or one of every method; `given` replaces what it says, `labels` picks its methods."""
+        table = recipes.read(str(path)) if path else {}
+        if labels or not table:
+            described = table.get("methods", {})
+            given = given | {"methods": {label: described.get(label, {}) for label in labels or METHODS}}
+        return Plan.of({**table, **{key: value for key, value in given.items() if value}}, str(path or "the plan"))
 
     @staticmethod
     def of(table: Table, where: str) -> Plan:

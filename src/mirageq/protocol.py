@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mirageq.data import LabelledImages
 from mirageq.errors import UserError
+from mirageq.folders import write_text
 from mirageq.recipe import Recipe, Table, build, describe
 from mirageq.storage import network_hash
 from mirageq.teacher import Teacher
@@ -78,9 +78,7 @@ class Protocol:
             raise UserError(f"{path} is damaged or of another version ({error}).") from error
 
     def save(self, path: Path) -> None:
-        written = path.with_suffix(".new")
-        written.write_text(json.dumps(asdict(self), indent=2) + "\n")
-        os.replace(written, path)
+        write_text(path, json.dumps(asdict(self), indent=2) + "\n")
 
     def require_same(self, other: Protocol, here: Path, there: Path) -> None:
         """Raise a `UserError` that names the first difference, unless numbers of both may be compared."""

@@ -1,7 +1,8 @@
-"""What people look at: contact sheets and loss curves."""
+"""What people look at: contact sheets, loss curves, and the tables and plots of a comparison."""
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from mirageq.images import Batch
 from mirageq.journal import read_history
-from mirageq.tables import mean_and_spread, source_of
+from mirageq.protocol import Protocol
+from mirageq.tables import Row, mean_and_spread, page, source_of, summary
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -72,7 +74,24 @@ def loss_curves(history: Path, path: Path) -> None:
     plt.close(figure)
 
 
-def accuracy_plot(rows: list[dict], path: Path) -> None:
+def write_comparison(protocol: Protocol, rows: list[Row], folder: Path, features: dict[str, Batch]) -> list[Path]:
+    """Write a comparison's `table.md`, `table.json`, `accuracy.png` and `features.png`, as far as there is a row.
+
+    Returns the paths written.
+    """
+    written = []
+    if rows:
+        written = [folder / name for name in ("table.md", "table.json", "accuracy.png")]
+        written[0].write_text(page(protocol, rows))
+        written[1].write_text(json.dumps(summary(rows), indent=2) + "\n")
+        accuracy_plot(rows, written[2])
+    if features:
+        written.append(folder / "features.png")
+        feature_map(features, written[-1])
+    return written
+
+
+def accuracy_plot(rows: list[Row], path: Path) -> None:
     """Write a PNG of top-1 against bits, a line for each method with its spread over seeds, and full precision."""
     bits = sorted({row["bits"] for row in rows}, reverse=True)
     figure, axis = plt.subplots(figsize=(1.8 + 1.6 * len(bits), 4.2))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import time
 from dataclasses import asdict, dataclass
@@ -17,9 +16,9 @@ from torch.export import ExportedProgram
 import mirageq
 from mirageq import models
 from mirageq.errors import UserError
-from mirageq.folders import RECORD, check_folder
+from mirageq.folders import RECORD, check_folder, write_text
 from mirageq.images import ImageSource, SyntheticSet, hash_tensors
-from mirageq.journal import Journal
+from mirageq.journal import SECONDS, Journal
 from mirageq.pipeline import Result, quantize
 from mirageq.quant import Student
 from mirageq.recipe import Recipe, Table, build, describe, settings
@@ -170,9 +169,9 @@ class Run:
     def _carry_out(self, teacher: Teacher, journal: Journal) -> Result | None:
         recipe = self.recipe
         if self.record["only_images"]:
-            started = time.perf_counter()
-            source = recipe.method.synthesize(teacher, recipe.images, seed=self.seed, journal=journal)
-            self._finish(source, {"synthesize": time.perf_counter() - started}, None)
+            with journal.timed("synthesize"):
+                source = recipe.method.synthesize(teacher, recipe.images, seed=self.seed, journal=journal)
+            self._finish(source, journal.seconds, None)
             return None
         result = quantize(
             teacher,
@@ -189,8 +188,9 @@ class Run:
 
     def _discard_unless_begun(self) -> None:
         """A run that is refused before its first step leaves nothing behind."""
-        if [path.name for path in self.folder.iterdir()] == [RECORD]:
-            (self.folder / RECORD).unlink()
+        if {path.name for path in self.folder.iterdir()} <= {RECORD, SECONDS}:
+            for path in self.folder.iterdir():
+                path.unlink()
             self.folder.rmdir()
 
     def _finish(self, source: ImageSource, seconds: dict[str, float], result: Result | None) -> None:
@@ -204,15 +204,14 @@ class Run:
         checkpoints = self.folder / "checkpoints"
         if checkpoints.is_dir() and not any(checkpoints.iterdir()):
             checkpoints.rmdir()
+        (self.folder / SECONDS).unlink(missing_ok=True)
         self.record["seconds"] = {name: round(value, 2) for name, value in seconds.items()}
         self.record["peak_memory_bytes"] = peak_memory()
         self.record["status"] = "finished"
         self._write()
 
     def _write(self) -> None:
-        written = self.folder / f"{RECORD}.new"
-        written.write_text(json.dumps(self.record, indent=2) + "\n")
-        os.replace(written, self.folder / RECORD)
+        write_text(self.folder / RECORD, json.dumps(self.record, indent=2) + "\n")
 
 
 def load(
