@@ -18,6 +18,7 @@ import torch
 
 from mirageq import Scheme, Teacher, models
 from mirageq.export import deliver
+from mirageq.export.emit import PROFILES
 from mirageq.methods.real import Real
 from mirageq.quant import convert
 from mirageq.run import NetworkChoice, load_teacher
@@ -40,14 +41,21 @@ def main() -> None:
             scheme = {"weight_range": "mse", "activation_range": "mse", "placement": "deploy", "first_last_bits": 8}
             student = convert(teacher.network, Scheme(weight_bits=bits, activation_bits=bits, **scheme))
             student.calibrate(images[:64].split(16))
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / "model.onnx"
-                delivery = deliver(student, teacher, images, path, threads=options.threads)
-            row = {"network": name, "bits": f"w{bits}a{bits}", "threads": options.threads, **asdict(delivery)}
-            row.pop("path")
-            print(json.dumps(row, indent=1), flush=True)
-            with (HERE / "results" / "exports.jsonl").open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            for runtime in ("onnxruntime", "openvino"):
+                row = {"network": name, "bits": f"w{bits}a{bits}", "threads": options.threads}
+                row |= measure(student, teacher, images, runtime, options.threads)
+                print(json.dumps(row, indent=1), flush=True)
+                with (HERE / "results" / "exports.jsonl").open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+
+
+def measure(student, teacher, images, runtime: str, threads: int) -> dict:
+    """The figures of the file made for a runtime."""
+    (profile,) = (name for name, profile in PROFILES.items() if profile.runtime == runtime)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        delivery = deliver(student, teacher, images, path, profile=profile, runtimes=[runtime], threads=threads)
+    return {key: value for key, value in asdict(delivery).items() if key != "path"}
 
 
 def network_and_images(name: str, count: int):
