@@ -6,7 +6,7 @@
     bias        DequantizeLinear(int32 initialiser, s_x * s_w)
 
 A code of k < 8 bits lies in an 8-bit container; the clip keeps it in its k bits. ONNX Runtime, OpenVINO and TensorRT
-each fuse such pairs around an operation into its integer kernel. OpenVINO moves scales through the graph before it does:
+each fuse such pairs around an operation into its integer kernel. OpenVINO moves scales through the graph before that:
 of 500 images at 4 bits 5 % then change class, and none where it finds plain Div, Round, Clip and Mul.
 """
 
