@@ -22,7 +22,7 @@ def test_from_model_to_tuned_student():
     images = result.source.sample(32).images
     assert result.student(images).shape == (32, CLASSES)
     assert agreement(result.student, result.teacher, images) > 90
-    assert set(result.seconds) == {"synthesize", "calibrate", "tune"}
+    assert set(result.seconds) == {"convert", "synthesize", "calibrate", "tune"}
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
 

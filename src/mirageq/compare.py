@@ -25,6 +25,7 @@ from mirageq.journal import Journal, read_history
 from mirageq.pipeline import teach
 from mirageq.plan import Cell, Plan
 from mirageq.protocol import Protocol, first_difference
+from mirageq.quant import convert
 from mirageq.recipe import Recipe, Table
 from mirageq.run import peak_memory, versions
 from mirageq.teacher import Teacher
@@ -121,16 +122,17 @@ class Comparison:
         folder.mkdir(parents=True, exist_ok=True)
         settings = _remembered(folder / "method.json", recipes.describe_part(wanted.method))
         _require_same_settings(settings, recipes.describe_part(wanted.method), str(folder))
+        student = convert(teacher.network, wanted.scheme).to(teacher.device)
         painting = Journal(folder, console)
         with painting.timed("synthesize"):
             source = wanted.method.synthesize(teacher, wanted.images, seed=cell.seed, journal=painting)
         workplace = self.work / "cells" / cell.folder
         workplace.mkdir(parents=True, exist_ok=True)
         learning = Journal(workplace, console)
-        student = teach(
+        teach(
             teacher,
+            student,
             source,
-            wanted.scheme,
             wanted.tuner,
             calibration_images=wanted.calibration_images,
             seed=cell.seed,

@@ -79,30 +79,29 @@ def quantize(
     else:
         teacher = Teacher.wrap(model, image_shape, device=device)
     scheme, tuner = scheme or Scheme(), tuner or Distill()
-    convert(teacher.network, scheme)  # refuses a scheme that does not fit before any image is made
+    with journal.timed("convert"):  # first, so that a scheme that does not fit is refused before any image is made
+        student = convert(teacher.network, scheme).to(teacher.device)
     with journal.timed("synthesize"):
         source = method.synthesize(teacher, images, seed=seed, journal=journal)
-    student = teach(teacher, source, scheme, tuner, calibration_images=calibration_images, seed=seed, journal=journal)
+    teach(teacher, student, source, tuner, calibration_images=calibration_images, seed=seed, journal=journal)
     return Result(teacher, student, source, journal.seconds)
 
 
 def teach(
     teacher: Teacher,
+    student: Student,
     source: ImageSource,
-    scheme: Scheme,
     tuner: Tuner,
     *,
     calibration_images: int,
     seed: int,
     journal: Journal,
-) -> Student:
-    """Convert, calibrate and tune a student on images that exist; the journal keeps the seconds of each stage."""
-    student = convert(teacher.network, scheme).to(teacher.device)
+) -> None:
+    """Calibrate and tune a converted student in place on images that exist; the journal keeps the seconds of each."""
     with journal.timed("calibrate"):
         calibrate(student, source, calibration_images)
     with journal.timed("tune"):
         tuner.tune(teacher, student, source, seed=seed, journal=journal)
-    return student
 
 
 def calibrate(student: Student, source: ImageSource, images: int) -> None:

@@ -101,7 +101,16 @@ def describe(delivery: Delivery) -> list[str | Grid]:
     ):
         sizes.add_row(name, f"{count / 1e6:.2f}")
     proofs = Grid(
-        "proved in", "images", "same class", "same logits", "ms", "ms in float", "faster", box=None, pad_edge=False
+        "proved in",
+        "images",
+        "same class",
+        "same logits",
+        "as in float64",
+        "ms",
+        "ms in float",
+        "faster",
+        box=None,
+        pad_edge=False,
     )
     for proof in delivery.verifications:
         proofs.add_row(
@@ -109,6 +118,7 @@ def describe(delivery: Delivery) -> list[str | Grid]:
             str(proof.count),
             f"{proof.agreement:.1f} %",
             f"{proof.exact:.1f} %",
+            f"{proof.float_agreement:.1f} %",
             f"{proof.milliseconds:.2f}",
             f"{proof.float_milliseconds:.2f}",
             f"{proof.speedup:.2f}x",

@@ -122,13 +122,16 @@ def _leave_clamp_to_grid(node: Node, quantizer: ActivationQuantizer) -> None:
     convolution and its quantizer would keep the convolution in float.
     """
     clamp = node.args[0]
-    if kind(clamp) not in CLAMPS or len(clamp.users) > 1:
-        return
+    if kind(clamp) in CLAMPS and len(clamp.users) == 1 and saturates(clamp, quantizer):
+        node.update_arg(0, clamp.args[0])
+
+
+def saturates(clamp: Node, quantizer: ActivationQuantizer) -> bool:
+    """Whether a quantizer's grid ends where a clamp before it cuts, or earlier."""
     scale, zero_point = float(quantizer.scale), float(quantizer.zero_point)  # type: ignore[arg-type]
     lowest, highest = grid(quantizer.bits, quantizer.symmetric)
     low, high = (value / scale + zero_point for value in limits(clamp))
-    if low <= lowest + 0.5 and high >= highest - 0.5:
-        node.update_arg(0, clamp.args[0])
+    return low <= lowest + 0.5 and high >= highest - 0.5
 
 
 def _replace(network: GraphModule, node: Node, part: nn.Module, name: str) -> None:

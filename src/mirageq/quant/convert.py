@@ -11,11 +11,13 @@ import operator
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from mirageq.graph import LINEAR, feature_node, layer_name, share, stored, weighted
+from mirageq.errors import UserError
+from mirageq.graph import LINEAR, batch_norms, feature_node, layer_name, share, stored, weighted
 from mirageq.quant.fold import fold_batch_norms
 from mirageq.quant.operations import free_name, stored_bias
 from mirageq.quant.placement import Plan, feeding, plan
 from mirageq.quant.quantizers import ActivationQuantizer, BiasQuantizer, WeightQuantizer
+from mirageq.quant.remembered import remember_moments
 from mirageq.quant.scheme import Scheme
 from mirageq.quant.student import Student, stored_bytes
 
@@ -34,7 +36,7 @@ def convert(network: GraphModule, scheme: Scheme) -> Student:
         The student. Weights, biases and BatchNorm's scale and shift require gradients; running statistics are buffers.
 
     Raises:
-        UserError: there is no convolution or linear layer, or a norm that cannot be folded.
+        UserError: there is no convolution or linear layer, a norm that cannot be folded, or none to take ranges from.
 
     Example:
         >>> student = convert(capture(model, (3, 32, 32)), Scheme(weight_bits=4, activation_bits=4))
@@ -42,8 +44,15 @@ def convert(network: GraphModule, scheme: Scheme) -> Student:
         >>> logits = student(images)
     """
     feature_node(network.graph)
+    if scheme.ranges_from == "batch_norms" and not batch_norms(network.graph):
+        raise UserError(
+            "Ranges from batch_norms need BatchNorm layers, and this network has none. Use scheme.ranges_from=images."
+        )
     float_bytes = stored_bytes(network)
-    module = fold_batch_norms(network) if scheme.placement == "deploy" else copy.deepcopy(network)
+    module = copy.deepcopy(network)
+    remember_moments(module)
+    if scheme.placement == "deploy":
+        module = fold_batch_norms(module)
     for parameter in module.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     graph = module.graph

@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 from mirageq.errors import UserError
 from mirageq.graph import LINEAR, WEIGHTED, aten, batch_norms, is_stored, layer_name, stored
 from mirageq.quant.operations import free_name
+from mirageq.quant.remembered import MOMENTS
 
 POINTWISE = {3: aten.conv1d.default, 4: aten.conv2d.default, 5: aten.conv3d.default}
 
@@ -77,6 +78,8 @@ def _fold(module: GraphModule, node: Node, gain: Tensor, shift: Tensor) -> None:
     bias_path = bias.target if bias is not None else f"{prefix}.bias" if prefix else "bias"
     _set_argument(layer, 1, _store(module, layer, weight.target, new_weight.to(stored(module, weight).dtype)))
     _set_argument(layer, 2, _store(module, layer, bias_path, new_bias.to(stored(module, weight).dtype)))
+    if MOMENTS in node.meta:
+        layer.meta[MOMENTS] = node.meta[MOMENTS]
     node.replace_all_uses_with(layer)
     module.graph.erase_node(node)
 

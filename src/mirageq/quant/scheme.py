@@ -12,6 +12,7 @@ FEWEST_BITS, MOST_BITS = 2, 8
 
 WeightRange = Literal["minmax", "percentile", "mse"]
 ActivationRange = Literal["minmax", "ema", "percentile", "mse"]
+RangesFrom = Literal["images", "batch_norms"]
 Placement = Literal["paper", "deploy"]
 
 
@@ -30,6 +31,8 @@ class Scheme:
         activation_symmetric: None: False in both placements.
         weight_range: "minmax" follows the weights as they are trained; "percentile" and "mse" are set once.
         activation_range: found by `Student.calibrate`.
+        ranges_from: what calibration shows the activations: the images as they are, or (needing none, so noise will do)
+            the sizes that the BatchNorms were trained to give, see `mirageq.quant.remembered`.
         percentile: of values kept inside a "percentile" range, cut on each side; 50 < percentile <= 100.
         clip_gradient: False: gradients pass everywhere (the papers' straight-through); True: not where a value was
             clipped.
@@ -51,6 +54,7 @@ class Scheme:
     activation_symmetric: bool | None = None
     weight_range: WeightRange = "minmax"
     activation_range: ActivationRange = "ema"
+    ranges_from: RangesFrom = "images"
     percentile: float = 99.99
     clip_gradient: bool = False
     learned_steps: bool = False

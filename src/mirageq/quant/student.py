@@ -18,6 +18,7 @@ from mirageq.observe import pool
 from mirageq.quant.fake_quant import INT32_LIMIT
 from mirageq.quant.quantizers import ActivationQuantizer, BiasQuantizer, WeightQuantizer
 from mirageq.quant.ranges import range_observer
+from mirageq.quant.remembered import Remembering
 from mirageq.quant.scheme import Scheme
 
 
@@ -87,8 +88,9 @@ class Student(nn.Module):
     def calibrate(self, batches: Iterable[Tensor]) -> None:
         """Set the activation ranges from batches of normalised images (N, C, H, W), and fix them.
 
-        While they are found, activations pass in float and weights are quantized. Earlier ranges are replaced; if an
-        error comes up they stay.
+        While they are found, activations pass in float and weights are quantized, and with ranges from
+        "batch_norms" activations have the sizes that those remember. Earlier ranges are replaced; if an error comes up
+        they stay.
 
         Raises:
             UserError: no batch, an activation that is NaN or infinite, or a bias beyond 32 bits.
@@ -99,9 +101,10 @@ class Student(nn.Module):
             quantizer.observe(range_observer(scheme.activation_range, name, bits, symmetric, scheme.percentile))
         for rounding in self.bias_quantizers.values():
             rounding.state = "off"
+        run = self.network if scheme.ranges_from == "images" else Remembering(self.network).run
         try:
             for images in batches:
-                self.network(images)
+                run(images)
             ranges = {name: quantizer.observer.range() for name, quantizer in quantizers.items() if quantizer.observer}
         finally:
             for part in (*quantizers.values(), *self.bias_quantizers.values()):
@@ -129,6 +132,16 @@ class Student(nn.Module):
                 found[part.name] = stored(self.network, bias).detach(), step.detach()
         return found
 
+    def quantized_weights(self) -> list[tuple[WeightQuantizer, nn.Parameter]]:
+        """Each quantizer with the weight it is for, in order of computation."""
+        nodes = self.network.graph.find_nodes(op="call_module")
+        parts = [(self.network.get_submodule(node.target), node) for node in nodes]
+        return [
+            (part, self.network.get_parameter(node.args[0].target))
+            for part, node in parts
+            if isinstance(part, WeightQuantizer)
+        ]
+
     def left_in_float(self) -> list[tuple[str, str]]:
         """What is not quantized: (tensor or operation, reason)."""
         return list(self._left_in_float)
@@ -143,14 +156,8 @@ class Student(nn.Module):
 
     def size(self) -> Size:
         """How many bytes the student takes."""
-        quantized: dict[str, WeightQuantizer] = {}
-        for node in self.network.graph.find_nodes(op="call_module"):
-            part = self.network.get_submodule(node.target)
-            if isinstance(part, WeightQuantizer):
-                quantized[node.args[0].target] = part
         weights, scales, floats = 0, 0, stored_bytes(self.network)
-        for path, part in quantized.items():
-            weight = self.network.get_parameter(path)
+        for part, weight in self.quantized_weights():
             weights += -(-weight.numel() * part.bits // 8)
             scales += 4 * len(weight) * (1 if part.symmetric else 2)
             floats -= 4 * weight.numel()

@@ -10,7 +10,8 @@ from mirageq.tuning.contract import Tuner
 from mirageq.tuning.distill import Distill
 from mirageq.tuning.guard import TuningDiverged
 from mirageq.tuning.reconstruct import Reconstruct
+from mirageq.tuning.squant import SQuant
 
-__all__ = ["TUNERS", "Distill", "Reconstruct", "Tuner", "TuningDiverged"]
+__all__ = ["TUNERS", "Distill", "Reconstruct", "SQuant", "Tuner", "TuningDiverged"]
 
-TUNERS: dict[str, type] = {"distill": Distill, "reconstruct": Reconstruct}
+TUNERS: dict[str, type] = {"distill": Distill, "reconstruct": Reconstruct, "squant": SQuant}

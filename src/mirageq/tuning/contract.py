@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
+from mirageq.errors import UserError
 from mirageq.images import ImageSource
 from mirageq.journal import Journal
 from mirageq.quant import Student
@@ -19,3 +20,13 @@ class Tuner(Protocol):
     ) -> None:
         """Change `student` in place, with randomness from `seed` alone."""
         ...
+
+
+def require_fixed_grids(student: Student, what: str) -> None:
+    """Raise a `UserError` if a weight's grid follows the weight: `what` chooses codes on a grid that stays."""
+    for name, quantizer in student.weight_quantizers.items():
+        if not quantizer.fixed:
+            raise UserError(
+                f"{what} rounds weights on a grid that stays, and that of '{name}' follows its weight. "
+                "Set scheme.weight_range to mse or percentile."
+            )

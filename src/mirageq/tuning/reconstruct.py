@@ -35,7 +35,7 @@ from mirageq.quant.blocks import Block, between, find_blocks, layer_nodes, layer
 from mirageq.quant.quantizers import ActivationQuantizer, BiasQuantizer, WeightQuantizer
 from mirageq.seeding import stream
 from mirageq.teacher import Teacher
-from mirageq.tuning.contract import Tuner
+from mirageq.tuning.contract import Tuner, require_fixed_grids
 from mirageq.tuning.soft import DroppingActivation, SoftWeight
 
 CHUNK = 32
@@ -108,12 +108,7 @@ class Reconstruct:
         journal: Journal,
         checkpoint: Checkpoint,
     ) -> None:
-        for name, quantizer in student.weight_quantizers.items():
-            if not quantizer.fixed:
-                raise UserError(
-                    f"Reconstruction rounds weights on a grid that stays, and that of '{name}' follows its weight. "
-                    "Set scheme.weight_range to mse or percentile."
-                )
+        require_fixed_grids(student, "Reconstruction")
         images = source.sample(self.images).images
         if len(images) < self.batch_size:
             raise UserError(

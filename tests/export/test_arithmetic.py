@@ -1,0 +1,85 @@
+"""The rounding of ONNX Runtime's kernels, against the kernels themselves."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mirageq import Scheme, Teacher
+from mirageq.export.arithmetic import _AfterProduct, _AfterSum, in_double, in_kernel_arithmetic
+from mirageq.quant import convert
+from mirageq.quant.quantizers import ActivationQuantizer
+from mirageq.testing import TinyResNet
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+
+def quantizer(scale: float, zero_point: int) -> ActivationQuantizer:
+    made = ActivationQuantizer("x", 8, False)
+    with torch.no_grad():
+        made.scale.fill_(scale)
+        made.zero_point.fill_(zero_point)
+    return made.double()
+
+
+def run(operation: str, inputs: dict[str, np.ndarray], domain: str, **attributes) -> np.ndarray:
+    node = onnx.helper.make_node(operation, list(inputs), ["y"], domain=domain, **attributes)
+    result = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.UINT8, None)
+    constants = [onnx.numpy_helper.from_array(value, name) for name, value in inputs.items()]
+    graph = onnx.helper.make_graph([node], "one", [], [result], constants)
+    domains = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]
+    model = onnx.helper.make_model(graph, opset_imports=domains, ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session.run(None, {})[0]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_sum_of_any_two_codes_is_rounded_as_the_kernel_rounds_it(seed):
+    random = np.random.default_rng(seed)
+    scales = [np.float32(value) for value in random.uniform(0.01, 0.05, 3)]
+    zeros = [np.uint8(value) for value in random.integers(60, 190, 3)]
+    a, b = (codes.flatten().astype(np.uint8) for codes in np.meshgrid(np.arange(256), np.arange(256)))
+    named = {"a": a, "sa": scales[0], "za": zeros[0], "b": b, "sb": scales[1], "zb": zeros[1]}
+    named |= {"sy": scales[2], "zy": zeros[2]}
+    expected = run("QLinearAdd", {name: np.asarray(value) for name, value in named.items()}, "com.microsoft")
+    first, second, last = (quantizer(float(scale), int(zero)) for scale, zero in zip(scales, zeros, strict=True))
+    values = [
+        (torch.tensor(codes.astype(np.float64)) - q.zero_point) * q.scale for codes, q in ((a, first), (b, second))
+    ]
+    got = _AfterSum(last, first, second)(*values)
+    assert np.array_equal(torch.round(got / last.scale + last.zero_point).numpy(), expected)
+
+
+def test_an_accumulator_is_rounded_as_the_kernel_rounds_it():
+    random = np.random.default_rng(0)
+    x, weight = random.integers(0, 256, (1, 32, 40, 40)), random.integers(-127, 128, (16, 32, 1, 1))
+    scale, steps, wide = np.float32(0.0213), random.uniform(0.001, 0.01, 16).astype(np.float32), np.float32(0.0931)
+    inputs = {"x": x.astype(np.uint8), "sx": scale, "zx": np.uint8(0), "w": weight.astype(np.int8), "sw": steps}
+    inputs |= {"zw": np.zeros(16, np.int8), "sy": wide, "zy": np.uint8(117)}
+    expected = run("QLinearConv", {name: np.asarray(value) for name, value in inputs.items()}, "")
+    real = torch.nn.functional.conv2d(torch.tensor(x * 1.0), torch.tensor(weight * 1.0))
+    real = real * float(scale) * torch.tensor(steps).double().view(1, -1, 1, 1)
+    last = quantizer(float(wide), 117)
+    got = _AfterProduct(last, torch.tensor(scale), torch.tensor(steps), False)(real)
+    assert np.array_equal(torch.round(got / last.scale + last.zero_point).numpy(), expected)
+
+
+def test_both_copies_keep_the_students_codes():
+    torch.manual_seed(0)
+    teacher = Teacher.wrap(TinyResNet(), (3, 8, 8))
+    student = convert(teacher.network, Scheme(weight_bits=8, activation_bits=8, placement="deploy"))
+    images = torch.randn(40, 3, 8, 8)
+    student.calibrate([images])
+    exact = in_double(student)
+    for (quantizer, weight), (_, copied) in zip(student.quantized_weights(), exact.quantized_weights(), strict=True):
+        assert torch.equal(quantizer.codes(weight).double(), torch.round(copied / quantizer.affine(weight)[0].double()))
+    with torch.no_grad():
+        expected = student(images)
+        for copied in (exact, in_kernel_arithmetic(student)):
+            close = (copied(images.double()) - expected).abs().amax(1) <= 1e-4 * expected.abs().max()
+            assert close.double().mean() >= 0.9  # the others hold a value in the middle of two codes
+    assert next(student.parameters()).dtype == torch.float32
