@@ -55,7 +55,7 @@ def packs(rows: list[dict]) -> str:
 def exports(rows: list[dict]) -> str:
     """Networks x bits x runtimes: agreement with the student, latency, sizes."""
     lines = [
-        "| network | bits | runtime | same class | same logits | as in float64 | ms | in float | faster | MB | in float |",
+        "| network | bits | runtime | same class | same logits | in float64 | ms | in float | faster | MB | in float |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
