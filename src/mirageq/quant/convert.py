@@ -17,7 +17,7 @@ from mirageq.quant.fold import fold_batch_norms
 from mirageq.quant.operations import free_name, stored_bias
 from mirageq.quant.placement import Plan, feeding, plan
 from mirageq.quant.quantizers import ActivationQuantizer, BiasQuantizer, WeightQuantizer
-from mirageq.quant.remembered import remember_moments
+from mirageq.quant.remembered import MOMENTS, remember_moments
 from mirageq.quant.scheme import Scheme
 from mirageq.quant.student import Student, stored_bytes
 
@@ -89,7 +89,7 @@ def _quantize_activations(
         paths[node] = _add(module, "activation_quantizers", name, quantizer)
         with module.graph.inserting_after(node):
             on_grid = module.graph.call_module(paths[node], (node,))
-        on_grid.meta = dict(node.meta)
+        on_grid.meta = {key: value for key, value in node.meta.items() if key != MOMENTS}
         for reader in set(node.users) - {on_grid}:
             reader.replace_input_with(node, on_grid)
     return paths
