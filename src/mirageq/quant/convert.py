@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 
 from mirageq.errors import UserError
 from mirageq.graph import LINEAR, batch_norms, feature_node, layer_name, share, stored, weighted
+from mirageq.quant.equalize import equalize
 from mirageq.quant.fold import fold_batch_norms
 from mirageq.quant.operations import free_name, stored_bias
 from mirageq.quant.placement import Plan, feeding, plan
@@ -53,6 +54,8 @@ def convert(network: GraphModule, scheme: Scheme) -> Student:
     remember_moments(module)
     if scheme.placement == "deploy":
         module = fold_batch_norms(module)
+    if scheme.equalize:
+        equalize(module)
     for parameter in module.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     graph = module.graph

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -176,6 +178,20 @@ class BiasQuantizer(nn.Module):
 
     def extra_repr(self) -> str:
         return self.name
+
+
+@contextmanager
+def in_float(network: nn.Module) -> Iterator[None]:
+    """Every quantizer of the network an identity, for as long as this lasts."""
+    kinds = (WeightQuantizer, ActivationQuantizer, BiasQuantizer)
+    parts = [part for part in network.modules() if isinstance(part, kinds)]
+    for part in parts:
+        part.state = "off"
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.switch_on()
 
 
 def _register_scale(quantizer: nn.Module, scale: Tensor, learned: bool) -> None:

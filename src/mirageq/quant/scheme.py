@@ -34,6 +34,8 @@ class Scheme:
         ranges_from: what calibration shows the activations: the images as they are, or (needing none, so noise will do)
             the sizes that the BatchNorms were trained to give, see `mirageq.quant.remembered`.
         percentile: of values kept inside a "percentile" range, cut on each side; 50 < percentile <= 100.
+        equalize: share ranges between neighbouring layers first (`mirageq.quant.equalize`); only in "deploy", where
+            norms are folded.
         clip_gradient: False: gradients pass everywhere (the papers' straight-through); True: not where a value was
             clipped.
         learned_steps: tuning also learns the scales of weights and activations (LSQ); zero points stay as calibrated.
@@ -56,6 +58,7 @@ class Scheme:
     activation_range: ActivationRange = "ema"
     ranges_from: RangesFrom = "images"
     percentile: float = 99.99
+    equalize: bool = False
     clip_gradient: bool = False
     learned_steps: bool = False
 
@@ -72,6 +75,8 @@ class Scheme:
         number = isinstance(self.percentile, (int, float)) and not isinstance(self.percentile, bool)
         if not number or not 50 < self.percentile <= 100:
             raise UserError(f"percentile must be above 50 and at most 100; got {self.percentile!r}.")
+        if self.equalize and self.placement != "deploy":
+            raise UserError("equalize scales layers whose norms are folded; it needs the placement 'deploy'.")
 
     @property
     def bits(self) -> str:

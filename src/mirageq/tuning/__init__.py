@@ -7,11 +7,12 @@ in place.
 from __future__ import annotations
 
 from mirageq.tuning.contract import Tuner
+from mirageq.tuning.correct import Correct
 from mirageq.tuning.distill import Distill
 from mirageq.tuning.guard import TuningDiverged
 from mirageq.tuning.reconstruct import Reconstruct
 from mirageq.tuning.squant import SQuant
 
-__all__ = ["TUNERS", "Distill", "Reconstruct", "SQuant", "Tuner", "TuningDiverged"]
+__all__ = ["TUNERS", "Correct", "Distill", "Reconstruct", "SQuant", "Tuner", "TuningDiverged"]
 
-TUNERS: dict[str, type] = {"distill": Distill, "reconstruct": Reconstruct, "squant": SQuant}
+TUNERS: dict[str, type] = {"distill": Distill, "reconstruct": Reconstruct, "squant": SQuant, "correct": Correct}

@@ -16,7 +16,6 @@ weights it by Fisher information); far fewer steps than their 20,000 a block, at
 from __future__ import annotations
 
 import tempfile
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from mirageq.journal import Checkpoint, Journal
 from mirageq.paint import cosine
 from mirageq.quant import Student
 from mirageq.quant.blocks import Block, between, find_blocks, layer_nodes, layers_between
-from mirageq.quant.quantizers import ActivationQuantizer, BiasQuantizer, WeightQuantizer
+from mirageq.quant.quantizers import ActivationQuantizer, WeightQuantizer, in_float
 from mirageq.seeding import stream
 from mirageq.teacher import Teacher
 from mirageq.tuning.contract import Tuner, require_fixed_grids
@@ -128,7 +127,7 @@ class Reconstruct:
             full = quantized = _Cache(images, Path(folder), self.cache_bytes)
             for index, block in enumerate(blocks):
                 run = between(network, block.start, block.end)
-                with _in_float(network):
+                with in_float(network):
                     target = full.through(run, teacher.device)
                 if index >= done:
                     before, after = self._reconstruct(network, block, quantized, full, target, seed, journal)
@@ -160,7 +159,7 @@ class Reconstruct:
                 single = Block(node.args[0], node, layers)
                 device = next(network.parameters()).device
                 seen = quantized.through(reach, device)
-                with _in_float(network):
+                with in_float(network):
                     wanted = full.through(reach, device)
                     given = wanted.through(between(network, single.start, single.end), device)
                 errors.append(self._fit(network, single, seen, wanted, given, seed))
@@ -274,17 +273,3 @@ def _error(run: nn.Module, inputs: _Cache, target: _Cache) -> float:
     chosen = torch.arange(min(len(inputs), 4 * CHUNK))
     device = next(run.parameters()).device
     return float((run(inputs.take(chosen).to(device)).cpu() - target.take(chosen)).square().mean())
-
-
-@contextmanager
-def _in_float(network: GraphModule):
-    """Every quantizer of the network an identity, for as long as this lasts."""
-    kinds = (WeightQuantizer, ActivationQuantizer, BiasQuantizer)
-    parts = [part for part in network.modules() if isinstance(part, kinds)]
-    for part in parts:
-        part.state = "off"
-    try:
-        yield
-    finally:
-        for part in parts:
-            part.switch_on()

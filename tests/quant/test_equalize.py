@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from mirageq import Scheme, Teacher, UserError
+from mirageq.graph import capture, layer_name
+from mirageq.quant import convert
+from mirageq.quant.equalize import equalize, find_pairs
+from mirageq.quant.fold import fold_batch_norms
+from mirageq.quant.quantizers import in_float
+from mirageq.testing import TinyResNet
+
+SHAPE = (3, 8, 8)
+
+
+class Inverted(nn.Module):
+    """1x1, depthwise and 1x1 convolutions, a ReLU6 that nothing may be pushed through, and a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expand, self.norm = nn.Conv2d(3, 6, 1, bias=False), nn.BatchNorm2d(6)
+        self.depthwise = nn.Conv2d(6, 6, 3, padding=1, groups=6)
+        self.project = nn.Conv2d(6, 4, 1)
+        self.capped = nn.Conv2d(4, 4, 1)
+        self.last = nn.Linear(4, 5)
+        with torch.no_grad():
+            self.expand.weight.mul_(torch.logspace(-2, 2, 6).view(-1, 1, 1, 1))
+        self.eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.project(torch.relu(self.depthwise(torch.relu(self.norm(self.expand(x))))))
+        x = x + self.capped(nn.functional.relu6(x))
+        return self.last(x.mean((2, 3)))
+
+
+def test_neighbours_get_the_same_ranges_and_the_function_stays():
+    torch.manual_seed(0)
+    module = fold_batch_norms(capture(Inverted(), SHAPE))
+    images = torch.randn(20, *SHAPE)
+    before = module(images)
+    pairs = equalize(module)
+    assert [(layer_name(pair.first), layer_name(pair.second)) for pair in pairs] == [
+        ("expand", "depthwise"),
+        ("depthwise", "project"),
+    ]
+    for pair in pairs:
+        first, _, second = pair.tensors(module)
+        ranges = [weight.flatten(1).abs().amax(1) for weight in (first, second)]
+        assert torch.allclose(ranges[0], ranges[1], rtol=1e-2)
+    assert torch.allclose(module(images), before, rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_that_others_read_too_is_left_alone():
+    torch.manual_seed(0)
+    module = fold_batch_norms(capture(TinyResNet(), SHAPE))
+    for pair in find_pairs(module):
+        assert len(pair.first.users) == 1
+
+
+def test_an_equalized_student_computes_what_the_teacher_does_and_remembers_its_moments():
+    torch.manual_seed(0)
+    teacher = Teacher.wrap(Inverted(), SHAPE)
+    student = convert(
+        teacher.network, Scheme(placement="deploy", equalize=True, weight_bits=8, ranges_from="batch_norms")
+    )
+    images = torch.randn(20, *SHAPE)
+    with in_float(student), torch.no_grad():
+        assert torch.allclose(student(images), teacher(images), rtol=1e-4, atol=1e-4)
+    student.calibrate([images])  # on moments that were scaled with their layer
+    scale = float(student.activation_quantizers["expand"].scale)
+    plain = convert(teacher.network, Scheme(placement="deploy", weight_bits=8, ranges_from="batch_norms"))
+    plain.calibrate([images])
+    assert scale != float(plain.activation_quantizers["expand"].scale)
+
+
+def test_equalization_needs_folded_norms():
+    with pytest.raises(UserError, match="needs the placement 'deploy'"):
+        Scheme(equalize=True)

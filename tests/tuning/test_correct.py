@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mirageq import Noise, Scheme, Teacher, UserError
+from mirageq.pipeline import calibrate
+from mirageq.quant import convert
+from mirageq.testing import TinyResNet
+from mirageq.tuning import Correct, Distill
+
+SHAPE = (3, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    torch.manual_seed(0)
+    return Teacher.wrap(TinyResNet(), SHAPE)
+
+
+def tuned(teacher, tuner, **scheme):
+    student = convert(teacher.network, Scheme(weight_bits=2, activation_bits=8, **scheme))
+    source = Noise().synthesize(teacher, 128)
+    calibrate(student, source, 128)
+    images = source.sample(128).images
+    with torch.no_grad():
+        before = (student(images) - teacher(images)).mean(0)
+    tuner.tune(teacher, student, source)
+    with torch.no_grad():
+        after = (student(images) - teacher(images)).mean(0)
+    return student, before.abs().mean(), after.abs().mean()
+
+
+@pytest.mark.parametrize("placement", ["paper", "deploy"])
+def test_the_mean_of_every_logit_comes_back(teacher, placement):
+    _, before, after = tuned(teacher, Correct(images=128), placement=placement)
+    assert after < 0.2 * before
+
+
+def test_each_part_does_its_own_share(teacher):
+    _, _, biases = tuned(teacher, Correct(images=128, batch_norms=False), placement="paper")
+    student, _, both = tuned(teacher, Correct(images=128), placement="paper")
+    moved, _, norms = tuned(teacher, Correct(images=128, biases=False), placement="paper")
+    plain = convert(teacher.network, Scheme(weight_bits=2, activation_bits=8))
+    names = [name for name, _ in plain.named_buffers() if "running_" in name]
+    assert names
+    for one in (student, moved):
+        state = one.state_dict()
+        assert any(not torch.equal(state[name], plain.state_dict()[name]) for name in names)
+    assert both <= max(biases, norms)
+
+
+def test_a_student_that_needs_no_correction_is_left_as_it_is(teacher):
+    student = convert(teacher.network, Scheme(weight_bits=8, activation_bits=8, placement="paper"))
+    for part in (*student.weight_quantizers.values(), *student.activation_quantizers.values()):
+        part.state = "off"
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    Correct(images=32).tune(teacher, student, Noise().synthesize(teacher, 32))
+    for name, value in student.state_dict().items():
+        assert torch.allclose(value, before[name], atol=1e-5, equal_nan=True), name
+
+
+def test_another_tuner_follows(teacher):
+    student, _, _ = tuned(teacher, Correct(images=64, then=Distill(steps=2, batch_size=16)), placement="deploy")
+    assert student is not None
+    with pytest.raises(UserError, match="at least one image"):
+        Correct(images=0)
