@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mirageq.augment import mixed, random_boxes, random_resized_crop
+from mirageq.augment import mixed, random_boxes, random_resized_crop, shifted
 
 
 def stream(seed=0):
@@ -67,3 +67,29 @@ def test_mixed_images_lie_between_two_of_the_batch():
     assert (blends > 1e-6).sum(1).max() == 2
     assert blends.diagonal().min() > 0
     assert len(blends.amax(1).unique()) > 3
+
+
+def test_a_shift_moves_whole_pixels_mirrors_the_border_and_flips_single_images():
+    images = torch.arange(5 * 6 * 6, dtype=torch.float32).view(5, 1, 6, 6)
+    generator = torch.Generator().manual_seed(0)
+    seen = set()
+    for _ in range(40):
+        moved = shifted(images, generator, 2)
+        padded = torch.nn.functional.pad(images, (2, 2, 2, 2), mode="reflect")
+        places = [(i, j) for i in range(5) for j in range(5) if torch.equal(moved, padded[..., i : i + 6, j : j + 6])]
+        assert len(places) == 1
+        seen.update(places)
+    assert len(seen) > 10
+    assert torch.equal(shifted(images, generator, 0), images)
+    flipped = shifted(images, generator, 0, flip=0.5)
+    kinds = [torch.equal(new, old) for new, old in zip(flipped, images, strict=True)]
+    assert all(kind or torch.equal(new, old.flip(2)) for kind, new, old in zip(kinds, flipped, images, strict=True))
+    assert (
+        len(
+            {
+                tuple(torch.isclose(shifted(images, generator, 0, flip=0.5), images).flatten(1).all(1).tolist())
+                for _ in range(8)
+            }
+        )
+        > 1
+    )

@@ -77,6 +77,20 @@ def source_positions(start: Tensor, length: Tensor, size: int) -> Tensor:
     return start[:, None] + inside.clamp_min(0).minimum(length[:, None] - 1.0)
 
 
+def shifted(images: Tensor, generator: torch.Generator, most: int, *, flip: float = 0.0) -> Tensor:
+    """(N, C, H, W) moved by up to `most` whole pixels each way, the same for all, mirrored at the border.
+
+    Each image is flipped with probability `flip`.
+    """
+    height, width = images.shape[-2:]
+    down, right = torch.randint(0, 2 * most + 1, (2,), generator=generator).tolist()
+    moved = F.pad(images, (most,) * 4, mode="reflect")[..., down : down + height, right : right + width]
+    if not flip:
+        return moved
+    mirrored = torch.rand(len(images), 1, 1, 1, generator=generator).to(images.device) < flip
+    return torch.where(mirrored, moved.flip(3), moved)
+
+
 def mixed(images: Tensor, generator: torch.Generator) -> Tensor:
     """Blend each image of (N, C, H, W) with another of the batch, in a proportion uniform in [0, 1] (mixup, 2018)."""
     share = torch.rand(len(images), 1, 1, 1, generator=generator).to(images.device)

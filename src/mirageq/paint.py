@@ -88,8 +88,13 @@ class Canvas:
         for index, start in enumerate(range(0, self._count, self.settings.batch_size)):
             yield Part(index, start, min(start + self.settings.batch_size, self._count), self.seed)
 
-    def paint(self, part: Part, loss: Loss, labels: Tensor | None = None) -> Batch:
+    def paint(
+        self, part: Part, loss: Loss, labels: Tensor | None = None, *, develop: Callable[[Tensor], Tensor] | None = None
+    ) -> Batch:
         """Paint a part from Gaussian noise (or read it, if it is already finished).
+
+        Args:
+            develop: what to make of the finished images before they are stored.
 
         Returns the images as they are stored, and their labels: the given ones, else those the teacher sees.
         """
@@ -105,6 +110,7 @@ class Canvas:
                 journal=self.journal,
                 name=f"images {part.start}-{part.stop - 1}",
             )
+            images = develop(images) if develop else images
             self._set.write(part.start, images, self.teacher.pseudo_labels(images) if labels is None else labels)
         images, labels = self._set.read(part.start, part.stop)
         return Batch(images.to(self.teacher.device), labels.to(self.teacher.device))

@@ -178,3 +178,18 @@ def test_learned_steps_move_and_come_back_from_storage(teacher, source, placemen
     images = source.sample(8).images
     with torch.no_grad():
         assert torch.equal(load_student(tmp_path / "student.safetensors", teacher)(images), student(images))
+
+
+def test_hard_labels_count_only_where_the_teacher_is_sure():
+    torch.manual_seed(0)
+    logits, target, labels = torch.randn(12, 5), 3 * torch.randn(12, 5), torch.randint(5, (12,))
+    slow = 0.0
+    for row, seen, label in zip(logits, target, labels.tolist(), strict=True):
+        if float(seen.softmax(0)[label]) >= 0.3:
+            slow -= float(row.log_softmax(0)[label]) / 12
+    assert slow > 0
+    assert float(confident_cross_entropy(logits, target, labels, 0.3)) == pytest.approx(slow, rel=1e-5)
+    plain = torch.nn.functional.cross_entropy(logits, labels)
+    assert torch.allclose(confident_cross_entropy(logits, target, labels, 0.0), plain)
+    with pytest.raises(UserError, match="ce_confidence is a probability"):
+        Distill(ce_confidence=1.5)

@@ -11,10 +11,13 @@ import importlib
 from mirageq.errors import UserError, did_you_mean
 from mirageq.methods.clusterq import ClusterQ
 from mirageq.methods.contract import Method
+from mirageq.methods.dgh import DGH
 from mirageq.methods.gdfq import GDFQ
+from mirageq.methods.hast import HAST
 from mirageq.methods.intraq import IntraQ
 from mirageq.methods.noise import Noise
 from mirageq.methods.selectq import SelectQ
+from mirageq.methods.synq import SynQ
 from mirageq.methods.texq import TexQ
 from mirageq.methods.zeroq import ZeroQ
 
@@ -22,10 +25,13 @@ METHODS: dict[str, type] = {
     "noise": Noise,
     "zeroq": ZeroQ,
     "intraq": IntraQ,
+    "hast": HAST,
+    "dgh": DGH,
     "gdfq": GDFQ,
     "clusterq": ClusterQ,
     "texq": TexQ,
     "selectq": SelectQ,
+    "synq": SynQ,
 }
 
 __all__ = ["METHODS", "Method", "card", "find"]

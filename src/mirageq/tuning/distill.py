@@ -46,6 +46,8 @@ class Distill:
         kd_weight: weight of the distillation term, which already contains T^2 (the paper's alpha, 20).
         temperature: T of both softmaxes.
         ce_weight: weight of the cross-entropy with the images' labels.
+        ce_confidence: it counts only images that the teacher gives at least this probability of their label; the others
+            teach by their soft labels alone (SynQ).
         feature_weight: weight of the mean squared error of the penultimate features.
         clip_norm: largest gradient norm of an update; 0 does not clip.
         crop_scale: smallest area of the random crops (with mirroring) the images are seen through; 1 shows them whole.
@@ -66,6 +68,7 @@ class Distill:
     kd_weight: float = 20.0
     temperature: float = 20.0
     ce_weight: float = 1.0
+    ce_confidence: float = 0.0
     feature_weight: float = 0.0
     clip_norm: float = 0.0
     crop_scale: float = 0.5
@@ -80,6 +83,8 @@ class Distill:
             )
         if not 0 < self.crop_scale <= 1:
             raise UserError(f"crop_scale is a fraction of the image's area in (0, 1]; got {self.crop_scale}.")
+        if not 0 <= self.ce_confidence <= 1:
+            raise UserError(f"ce_confidence is a probability in [0, 1]; got {self.ce_confidence}.")
         if self.mix and self.ce_weight:
             raise UserError(f"Mixed images have no label to learn: mix needs ce_weight = 0; got {self.ce_weight}.")
 
@@ -127,10 +132,18 @@ class Distill:
         logits, features = student.observe(batch.images)
         terms = {"kd": self.kd_weight * distillation(logits, target, self.temperature)}
         if self.ce_weight:
-            terms["ce"] = self.ce_weight * F.cross_entropy(logits, batch.labels)
+            terms["ce"] = self.ce_weight * confident_cross_entropy(logits, target, batch.labels, self.ce_confidence)
         if self.feature_weight:
             terms["feature"] = self.feature_weight * F.mse_loss(features, target_features)
         return terms
+
+
+def confident_cross_entropy(logits: Tensor, teacher: Tensor, labels: Tensor, confidence: float) -> Tensor:
+    """Cross-entropy of logits (N, classes) with labels (N,), averaged over all images, of those alone that the teacher is
+    sure of: a probability of the label of at least `confidence` (SynQ, Kim et al., ICLR 2025).
+    """
+    sure = teacher.float().softmax(1).gather(1, labels[:, None]).squeeze(1) >= confidence
+    return (F.cross_entropy(logits.float(), labels, reduction="none") * sure).mean()
 
 
 class _Run:

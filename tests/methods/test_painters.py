@@ -1,0 +1,101 @@
+"""What HAST, SynQ's filter and DGH add, each against a slow loop or the plain case."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mirageq import Teacher, UserError
+from mirageq.losses import channel_statistics
+from mirageq.methods.dgh import DGH, joined, smoothed
+from mirageq.methods.hast import HAST, focal_cross_entropy
+from mirageq.methods.synq import SynQ, low_passed
+from mirageq.methods.zeroq import ZeroQ
+from mirageq.testing import TinyResNet
+
+SHAPE = (3, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    torch.manual_seed(0)
+    return Teacher.wrap(TinyResNet(), SHAPE)
+
+
+def test_the_focal_loss_is_the_slow_loop_and_cross_entropy_without_focus():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(9, 5), torch.randint(5, (9,))
+    slow = 0.0
+    for row, label in zip(logits.double(), labels.tolist(), strict=True):
+        p = math.exp(row[label]) / sum(math.exp(value) for value in row)
+        slow += (1 - p) ** 1.7 * -math.log(p) / 9
+    assert float(focal_cross_entropy(logits, labels, 1.7)) == pytest.approx(slow, rel=1e-5)
+    assert torch.allclose(focal_cross_entropy(logits, labels, 0.0), F.cross_entropy(logits, labels))
+
+
+def test_hast_paints_the_classes_it_labels(teacher):
+    source = HAST(iterations=150, batch_size=20, lr=0.2, bn_weight=0.1).synthesize(teacher, 20)
+    images, labels = source.sample(20)
+    assert (teacher.pseudo_labels(images) == labels).float().mean() > 0.7
+
+
+def test_the_filter_keeps_means_and_takes_high_frequencies():
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 16, 12)
+    filtered = low_passed(images, 0.4)
+    assert torch.allclose(filtered.mean((2, 3)), images.mean((2, 3)), atol=1e-5)
+    spectrum, before = torch.fft.fft2(filtered), torch.fft.fft2(images)
+    ratio = (spectrum.abs() / before.abs()).mean((0, 1))
+    for i in range(16):
+        for j in range(12):
+            down, across = min(i, 16 - i) / 8, min(j, 12 - j) / 6
+            expected = math.exp(-(down**2 + across**2) / (2 * 0.4**2))
+            assert float(ratio[i, j]) == pytest.approx(expected, rel=1e-2, abs=1e-3)
+    assert torch.allclose(low_passed(images, math.inf), images, atol=1e-5)
+
+
+def test_synq_filters_what_its_candidates_made(teacher):
+    candidates = ZeroQ(iterations=3, batch_size=4)
+    plain = candidates.synthesize(teacher, 6, seed=3).sample(6)
+    filtered = SynQ(candidates=candidates, cutoff=0.5).synthesize(teacher, 6, seed=3).sample(6)
+    assert torch.equal(filtered.labels, plain.labels)
+    assert torch.allclose(filtered.images, low_passed(plain.images, 0.5), atol=1e-6)
+
+
+def test_the_sums_of_parts_are_the_statistics_of_the_whole_set(teacher):
+    torch.manual_seed(0)
+    images = torch.randn(30, *SHAPE)
+    sums = {}
+    for part in images.split([10, 20]):
+        sums = joined(sums, teacher.observe(part), len(part))
+    whole = teacher.observe(images)
+    for name, x in whole.bn_inputs.items():
+        mean, var = channel_statistics(x)
+        assert torch.allclose(sums[name][0] / 30, mean, atol=1e-5)
+        assert torch.allclose(sums[name][1] / 30 - (sums[name][0] / 30).square(), var, atol=1e-4)
+
+
+def test_stretching_sets_logits_apart_and_images_are_smooth(teacher):
+    def spread(weight):
+        images = (
+            DGH(iterations=40, batch_size=16, lr=0.1, stretch_weight=weight).synthesize(teacher, 16).sample(16).images
+        )
+        logits = teacher(images)
+        return float((logits.amax(1) - logits.amin(1)).mean())
+
+    assert spread(1.0) > 1.2 * spread(0.0)
+    checkers = (torch.arange(8)[:, None] + torch.arange(8)) % 2 * 2.0 - 1
+    assert smoothed(checkers.expand(1, 3, 8, 8)).abs().max() < 1e-6
+    assert torch.allclose(smoothed(torch.ones(1, 3, 8, 8)), torch.ones(1, 3, 8, 8))
+
+
+def test_bad_settings_are_said():
+    with pytest.raises(UserError, match="focus is an exponent"):
+        HAST(focus=-1)
+    with pytest.raises(UserError, match="cutoff is a positive part"):
+        SynQ(cutoff=0)
+    with pytest.raises(UserError, match="shift is a part of the image's side"):
+        DGH(shift=0.5)
