@@ -84,12 +84,4 @@ def test_a_shift_moves_whole_pixels_mirrors_the_border_and_flips_single_images()
     flipped = shifted(images, generator, 0, flip=0.5)
     kinds = [torch.equal(new, old) for new, old in zip(flipped, images, strict=True)]
     assert all(kind or torch.equal(new, old.flip(2)) for kind, new, old in zip(kinds, flipped, images, strict=True))
-    assert (
-        len(
-            {
-                tuple(torch.isclose(shifted(images, generator, 0, flip=0.5), images).flatten(1).all(1).tolist())
-                for _ in range(8)
-            }
-        )
-        > 1
-    )
+    assert sum(torch.equal(shifted(images, generator, 0, flip=0.5), images) for _ in range(8)) < 8

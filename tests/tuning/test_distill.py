@@ -9,6 +9,7 @@ from mirageq import Distill, IntraQ, Journal, Noise, Scheme, Teacher, TuningDive
 from mirageq.pipeline import calibrate
 from mirageq.quant import convert
 from mirageq.testing import SHAPE, TinyResNet
+from mirageq.tuning.distill import confident_cross_entropy
 
 
 @pytest.fixture(scope="module")

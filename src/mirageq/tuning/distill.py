@@ -139,8 +139,9 @@ class Distill:
 
 
 def confident_cross_entropy(logits: Tensor, teacher: Tensor, labels: Tensor, confidence: float) -> Tensor:
-    """Cross-entropy of logits (N, classes) with labels (N,), averaged over all images, of those alone that the teacher is
-    sure of: a probability of the label of at least `confidence` (SynQ, Kim et al., ICLR 2025).
+    """Cross-entropy of logits (N, classes) with labels (N,), summed over images the teacher is sure of, divided by N.
+
+    Sure: it gives the label a probability of at least `confidence` (SynQ, Kim et al., ICLR 2025).
     """
     sure = teacher.float().softmax(1).gather(1, labels[:, None]).squeeze(1) >= confidence
     return (F.cross_entropy(logits.float(), labels, reduction="none") * sure).mean()
