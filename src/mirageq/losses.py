@@ -12,6 +12,9 @@ from mirageq.errors import UserError
 from mirageq.observe import Observation
 from mirageq.teacher import BatchNormStatistics
 
+EPS = 1e-6
+"""Added to variances before a square root."""
+
 
 def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of (N, C, ...) over everything but channels, each (C,) in float32.
@@ -60,6 +63,12 @@ def bn_alignment(seen: Observation, remembered: Iterable[BatchNormStatistics]) -
         mean, var = channel_statistics(seen.bn_inputs[norm.name])
         terms.append(F.mse_loss(mean, norm.mean) + F.mse_loss(var, norm.var))
     return torch.stack(terms).mean()
+
+
+def deviation_alignment(mean: Tensor, var: Tensor, wanted_mean: Tensor, wanted_var: Tensor) -> Tensor:
+    """Squared distances, averaged over channels, of means and of standard deviations, all four (C,) (ZeroQ eq. 3)."""
+    deviation, wanted = (value.add(EPS).sqrt() for value in (var, wanted_var))
+    return F.mse_loss(mean, wanted_mean) + F.mse_loss(deviation, wanted)
 
 
 def check_margins(low: float, high: float) -> None:

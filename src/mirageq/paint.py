@@ -1,9 +1,9 @@
-"""Descent on pixels: the one loop behind every method that paints a finished set."""
+"""Descent on pixels, or on what draws them: the one loop behind every method that paints a finished set."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,6 +72,14 @@ class Part:
         return torch.randint(classes, (self.stop - self.start,), generator=self.stream("labels"))
 
 
+@dataclass(frozen=True)
+class Parameters:
+    """Tensors that learn at `rate` times the descent's learning rate."""
+
+    tensors: list[Tensor]
+    rate: float = 1.0
+
+
 class Canvas:
     """A set being painted part by part; finished parts are kept, so an interrupted run goes on where it was."""
 
@@ -99,19 +107,30 @@ class Canvas:
         Returns the images as they are stored, and their labels: the given ones, else those the teacher sees.
         """
         if self._set.finished < part.stop:
-            size = part.stop - part.start
-            start = torch.randn(size, *self.teacher.image_shape, generator=part.stream("noise"))
-            images = paint(
-                start.to(self.teacher.device),
-                loss,
-                self.settings,
-                part.stream("loss"),
-                pixel_range=self._range,
-                journal=self.journal,
-                name=f"images {part.start}-{part.stop - 1}",
-            )
-            images = develop(images) if develop else images
-            self._set.write(part.start, images, self.teacher.pseudo_labels(images) if labels is None else labels)
+            shape = (part.stop - part.start, *self.teacher.image_shape)
+            start = torch.randn(shape, generator=part.stream("noise")).to(self.teacher.device)
+            stream, name = part.stream("loss"), self._name(part)
+            images = paint(start, loss, self.settings, stream, pixel_range=self._range, journal=self.journal, name=name)
+            self._write(part, develop(images) if develop else images, labels)
+        return self._read(part)
+
+    def draw(self, part: Part, parameters: Sequence[Parameters], render: Callable[[], Tensor], loss: Loss) -> Batch:
+        """As `paint`, but descend on `parameters`, from which `render()` computes the part's images (N, C, H, W)."""
+        if self._set.finished < part.stop:
+            name = self._name(part)
+            descend(parameters, render, loss, self.settings, part.stream("loss"), journal=self.journal, name=name)
+            with torch.no_grad():
+                images = render()
+            self._write(part, images.clamp(*self._range) if self._range else images, None)
+        return self._read(part)
+
+    def _name(self, part: Part) -> str:
+        return f"images {part.start}-{part.stop - 1}"
+
+    def _write(self, part: Part, images: Tensor, labels: Tensor | None) -> None:
+        self._set.write(part.start, images, self.teacher.pseudo_labels(images) if labels is None else labels)
+
+    def _read(self, part: Part) -> Batch:
         images, labels = self._set.read(part.start, part.stop)
         return Batch(images.to(self.teacher.device), labels.to(self.teacher.device))
 
@@ -134,16 +153,44 @@ def paint(
     journal: Journal,
     name: str,
 ) -> Tensor:
-    """Minimise `loss` over the pixels of `start` (N, C, H, W) with Adam and a falling rate.
+    """Minimise `loss` over the pixels of `start` (N, C, H, W); see `descend`.
 
-    No selection: the last images are returned. Pixels are projected into `pixel_range` after each step, if given. With
-    a journal that has a folder the loop saves its state now and then, and continues from it to the same bits.
+    No selection: the last images are returned. Pixels are projected into `pixel_range` after each step, if given.
+    """
+    images = start.clone(memory_format=torch.channels_last).requires_grad_()
+
+    def project() -> None:
+        if pixel_range:
+            images.data.clamp_(*pixel_range)
+
+    descend(
+        [Parameters([images])], lambda: images, loss, settings, generator, project=project, journal=journal, name=name
+    )
+    return images.detach()
+
+
+def descend(
+    parameters: Sequence[Parameters],
+    render: Callable[[], Tensor],
+    loss: Loss,
+    settings: Descent,
+    generator: torch.Generator,
+    *,
+    project: Callable[[], None] | None = None,
+    journal: Journal,
+    name: str,
+) -> None:
+    """Minimise `loss(render(), generator)` over `parameters` with Adam and a falling rate, in place.
+
+    `project` is called after each step. With a journal that has a folder the loop saves its state now and then, and
+    continues from it to the same bits.
 
     Raises:
         UserError: the loss became NaN or infinite.
     """
-    images = start.clone(memory_format=torch.channels_last).requires_grad_()
-    optimizer = torch.optim.Adam([images], lr=settings.lr)
+    tensors = [tensor for group in parameters for tensor in group.tensors]
+    groups = [{"params": group.tensors, "lr": settings.lr * group.rate, "rate": group.rate} for group in parameters]
+    optimizer = torch.optim.Adam(groups)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
         optimizer, factor=settings.lr_factor, patience=settings.patience, min_lr=settings.min_lr
     )
@@ -153,26 +200,28 @@ def paint(
     if (state := checkpoint.load()) and state["name"] == name:
         begun = state["step"]
         with torch.no_grad():
-            images.copy_(state["images"])
+            for tensor, value in zip(tensors, state["values"], strict=True):
+                tensor.copy_(value)
         optimizer.load_state_dict(state["optimizer"])
         plateau.load_state_dict(state["plateau"])
         generator.set_state(state["generator"])
     with journal.stage(name, settings.iterations, start=begun) as advance:
         for step in range(begun, settings.iterations):
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
-                terms = loss(images, generator)
+            with torch.autocast(tensors[0].device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
+                terms = loss(render(), generator)
             total = torch.stack([term.float() for term in terms.values()]).sum()
             if not total.isfinite():
                 raise UserError(
                     f"The synthesis loss became {float(total.detach())} at iteration {step} of {name}. Lower lr."
                 )
             if falling:
-                optimizer.param_groups[0]["lr"] = cosine(settings.lr, settings.min_lr, step / settings.iterations)
+                for group in optimizer.param_groups:
+                    group["lr"] = group["rate"] * cosine(settings.lr, settings.min_lr, step / settings.iterations)
             optimizer.zero_grad()
             total.backward()
             optimizer.step()
-            if pixel_range:
-                images.data.clamp_(*pixel_range)
+            if project:
+                project()
             if not falling:
                 plateau.step(total.detach())
             advance(
@@ -182,11 +231,10 @@ def paint(
                 lambda: {
                     "name": name,
                     "step": step + 1,  # noqa: B023 - called at once
-                    "images": images.detach(),
+                    "values": [tensor.detach() for tensor in tensors],
                     "optimizer": optimizer.state_dict(),
                     "plateau": plateau.state_dict(),
                     "generator": generator.get_state(),
                 }
             )
     checkpoint.clear()
-    return images.detach()

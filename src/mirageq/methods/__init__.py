@@ -13,6 +13,7 @@ from mirageq.methods.clusterq import ClusterQ
 from mirageq.methods.contract import Method
 from mirageq.methods.dgh import DGH
 from mirageq.methods.gdfq import GDFQ
+from mirageq.methods.genie import Genie
 from mirageq.methods.hast import HAST
 from mirageq.methods.intraq import IntraQ
 from mirageq.methods.noise import Noise
@@ -27,6 +28,7 @@ METHODS: dict[str, type] = {
     "intraq": IntraQ,
     "hast": HAST,
     "dgh": DGH,
+    "genie": Genie,
     "gdfq": GDFQ,
     "clusterq": ClusterQ,
     "texq": TexQ,

@@ -25,7 +25,7 @@ from mirageq.augment import shifted
 from mirageq.errors import UserError
 from mirageq.images import ImageSource
 from mirageq.journal import Journal
-from mirageq.losses import channel_statistics
+from mirageq.losses import channel_statistics, deviation_alignment
 from mirageq.observe import Observation
 from mirageq.paint import Canvas, Descent
 from mirageq.teacher import Teacher
@@ -76,8 +76,8 @@ class DGH(Descent):
         terms = []
         for norm in teacher.batch_norms:
             mean, square = (value / (done + len(images)) for value in total[norm.name])
-            deviation = (square - mean.square()).clamp_min(0).add(1e-6).sqrt()
-            terms.append(F.mse_loss(mean, norm.mean) + F.mse_loss(deviation, norm.var.add(1e-6).sqrt()))
+            var = (square - mean.square()).clamp_min(0)
+            terms.append(deviation_alignment(mean, var, norm.mean, norm.var))
         spread = seen.logits.float().amax(1) - seen.logits.float().amin(1)
         return {"bn": torch.stack(terms).mean(), "stretch": -self.stretch_weight * spread.mean()}
 

@@ -16,16 +16,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mirageq.images import ImageSource
 from mirageq.journal import Journal
-from mirageq.losses import channel_statistics
+from mirageq.losses import channel_statistics, deviation_alignment
 from mirageq.paint import Canvas, Descent
 from mirageq.teacher import Teacher
-
-EPS = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +45,10 @@ class ZeroQ(Descent):
 def _loss(teacher: Teacher, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
     """Eq. 3: squared distances of means and deviations, averaged over channels, summed over layers."""
     seen = teacher.observe(images)
-    layers = [deviation_alignment(seen.bn_inputs[norm.name], norm.mean, norm.var) for norm in teacher.batch_norms]
+    layers = [
+        deviation_alignment(*channel_statistics(seen.bn_inputs[norm.name]), norm.mean, norm.var)
+        for norm in teacher.batch_norms
+    ]
     blank = torch.zeros(images.shape[1], device=images.device)
-    return {"bn": torch.stack(layers).sum(), "input": deviation_alignment(images, blank, blank + 1)}
-
-
-def deviation_alignment(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-    """Squared distance between the channel means and standard deviations of (N, C, H, W) and given ones."""
-    batch_mean, batch_var = channel_statistics(x)
-    return F.mse_loss(batch_mean, mean) + F.mse_loss((batch_var + EPS).sqrt(), (var + EPS).sqrt())
+    whole = deviation_alignment(*channel_statistics(images), blank, blank + 1)
+    return {"bn": torch.stack(layers).sum(), "input": whole}
