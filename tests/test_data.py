@@ -140,3 +140,15 @@ def test_options_that_make_no_sense_are_told(tmp_path, options, message):
     np.savez(tmp_path / "test.npz", images=pixels(1), labels=[0])
     with pytest.raises(UserError, match=message):
         open_images(tmp_path / "test.npz", SHAPE, **options)
+
+
+def test_a_calibration_pack_is_data_to_choose_settings_on(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 6, 6, 3), dtype=np.uint8)
+    np.save(tmp_path / "pixels.npy", pixels)
+    np.save(tmp_path / "labels.npy", np.arange(7))
+    (batch,) = open_images(tmp_path, (3, 4, 4)).batches(10)
+    assert np.array_equal(batch[0].permute(0, 2, 3, 1).numpy(), pixels[:, 1:5, 1:5])
+    assert batch[1].tolist() == list(range(7))
+    (tmp_path / "labels.npy").unlink()
+    with pytest.raises(UserError, match="cannot be read as labelled images"):
+        open_images(tmp_path, (3, 4, 4))

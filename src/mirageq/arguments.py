@@ -62,7 +62,9 @@ def _making() -> argparse.ArgumentParser:
 
 def _measuring() -> argparse.ArgumentParser:
     group = argparse.ArgumentParser(add_help=False)
-    group.add_argument("--data", type=Path, help="labelled images: folder, CIFAR .npz or .bin, or parquet of JPEG")
+    group.add_argument(
+        "--data", type=Path, help="labelled images: folder, CIFAR .npz or .bin, parquet of JPEG, or a calibration pack"
+    )
     group.add_argument("--resize", type=int, help="first scale the short side to this many pixels")
     group.add_argument("--limit", type=int, help="only the first so many images")
     return group

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from mirageq.errors import UserError
 
+PIXELS, LABELS = "pixels.npy", "labels.npy"
+"""What a calibration pack keeps its images (N, H, W, C) uint8 and labels (N,) in."""
+
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
@@ -81,8 +84,9 @@ def open_images(
 
     Args:
         path: a folder with one sub-folder a class (labels in the order of their names), a `.npz` with `images`
-            (N, H, W, C) uint8 and `labels`, a binary CIFAR file (`test_batch.bin`, or CIFAR-100's `test.bin`), or a
-            parquet file with columns `jpeg` and `label`.
+            (N, H, W, C) uint8 and `labels`, a binary CIFAR file (`test_batch.bin`, or CIFAR-100's `test.bin`), a
+            parquet file with columns `jpeg` and `label`, or a calibration pack: synthetic images, labelled with the
+            classes they were made for, on which settings may be chosen.
         image_shape: (C, H, W) that the network takes.
         resize: pixels of the short side before the centre crop; None crops the image as it is.
         limit: only the first so many.
@@ -104,9 +108,11 @@ def open_images(
 
 
 def _open(path: Path) -> _Files:
-    if path.is_dir():
+    if path.is_dir() and not (path / PIXELS).exists():
         return _Folder(path)
     readers: dict[str, Callable[[Path], _Files]] = {".npz": _npz, ".bin": _cifar_binary, ".parquet": _Parquet}
+    if path.is_dir():
+        path, readers = path / PIXELS, {".npy": _pack}
     if path.suffix not in readers:
         raise UserError(f"{path} is none of: image folder, {', '.join(readers)}.")
     try:
@@ -134,6 +140,10 @@ def _npz(path: Path) -> _Arrays:
             f"expected images (N, H, W, C) uint8 and labels (N,), got {images.dtype} {images.shape} and {labels.shape}"
         )
     return _Arrays(images, labels)
+
+
+def _pack(path: Path) -> _Arrays:
+    return _Arrays(np.load(path, mmap_mode="r"), np.load(path.with_name(LABELS)))
 
 
 def _cifar_binary(path: Path) -> _Arrays:

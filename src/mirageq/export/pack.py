@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 
+from mirageq.data import LABELS, PIXELS
 from mirageq.errors import UserError
 from mirageq.folders import check_folder
 from mirageq.images import Batch
 from mirageq.teacher import Teacher
 
 FORMAT = 1
-MANIFEST, PIXELS, LABELS = "pack.json", "pixels.npy", "labels.npy"
+MANIFEST = "pack.json"
 
 
 @dataclass(frozen=True, kw_only=True)
