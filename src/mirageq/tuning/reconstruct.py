@@ -34,10 +34,11 @@ from mirageq.quant.blocks import Block, between, find_blocks, layer_nodes, layer
 from mirageq.quant.quantizers import ActivationQuantizer, WeightQuantizer, in_float
 from mirageq.seeding import stream
 from mirageq.teacher import Teacher
+from mirageq.tuning.cache import Cache
 from mirageq.tuning.contract import Tuner, require_fixed_grids
 from mirageq.tuning.soft import DroppingActivation, SoftWeight
 
-CHUNK = 32
+LOOKED_AT = 128  # images on which a block's error is told
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ class Reconstruct:
         rounding_weight: of the term that makes roundings decide; it starts after a fifth of the steps.
         layers_per_block: neighbouring blocks with fewer layers are joined.
         most_layers: a block with more layers is taken layer by layer, and the journal says so.
-        cache_bytes: beyond it cached activations lie in a temporary file.
+        cache_bytes: of memory for cached activations; what does not fit lies in temporary files.
         then: a tuner to go on with once every block is done, `[tuner.then]` in a recipe; distillation brings the blocks
             together.
     """
@@ -124,7 +125,7 @@ class Reconstruct:
         if done == len(blocks):
             return
         with tempfile.TemporaryDirectory() as folder, journal.stage("reconstruct", len(blocks), start=done) as advance:
-            full = quantized = _Cache(images, Path(folder), self.cache_bytes)
+            full = quantized = Cache(images, Path(folder), self.cache_bytes // 3)  # of which three live at a time
             for index, block in enumerate(blocks):
                 run = between(network, block.start, block.end)
                 with in_float(network):
@@ -139,9 +140,9 @@ class Reconstruct:
         self,
         network: GraphModule,
         block: Block,
-        quantized: _Cache,
-        full: _Cache,
-        target: _Cache,
+        quantized: Cache,
+        full: Cache,
+        target: Cache,
         seed: int,
         journal: Journal,
     ) -> tuple[float, float]:
@@ -166,7 +167,7 @@ class Reconstruct:
         return sum(before for before, _ in errors), sum(after for _, after in errors)
 
     def _fit(
-        self, network: GraphModule, block: Block, quantized: _Cache, full: _Cache, target: _Cache, seed: int
+        self, network: GraphModule, block: Block, quantized: Cache, full: Cache, target: Cache, seed: int
     ) -> tuple[float, float]:
         run = between(network, block.start, block.end)
         before = _error(run, quantized, target)
@@ -227,49 +228,14 @@ class Reconstruct:
         return torch.where(torch.rand(full.shape, generator=generator) < self.drop, full, quantized)
 
 
-class _Cache:
-    """Activations of all images at one place, in memory or, beyond a limit, in a temporary file."""
-
-    def __init__(self, values: Tensor | np.ndarray, folder: Path, limit: int) -> None:
-        self.values, self.folder, self.limit = values, folder, limit
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def take(self, chosen: Tensor) -> Tensor:
-        if isinstance(self.values, Tensor):
-            return self.values[chosen]
-        return torch.from_numpy(self.values[chosen.numpy()])
-
-    @torch.no_grad()
-    def through(self, run: nn.Module, device: torch.device) -> _Cache:
-        """What `run` makes of all of them, chunk by chunk."""
-        room: Tensor | np.ndarray | None = None
-        for start in range(0, len(self), CHUNK):
-            chosen = torch.arange(start, min(start + CHUNK, len(self)))
-            result = run(self.take(chosen).to(device)).cpu()
-            if room is None:
-                room = self._room(result.shape[1:])
-            room[start : start + len(result)] = result if isinstance(room, Tensor) else result.numpy()
-        assert room is not None
-        return _Cache(room, self.folder, self.limit)
-
-    def _room(self, shape: torch.Size) -> Tensor | np.ndarray:
-        whole = (len(self), *shape)
-        if 4 * int(np.prod(whole)) <= self.limit:
-            return torch.empty(whole)
-        with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as file:
-            return np.memmap(file.name, np.float32, "w+", shape=whole)
-
-
-def _sites(cache: _Cache) -> int:
+def _sites(cache: Cache) -> int:
     """Places of a feature map, over which the squared error is averaged; it is summed over channels, as in BRECQ."""
-    return max(int(np.prod(cache.values.shape[2:])), 1)
+    return max(int(np.prod(cache.shape[2:])), 1)
 
 
 @torch.no_grad()
-def _error(run: nn.Module, inputs: _Cache, target: _Cache) -> float:
-    """Mean squared error over (at most 128) images."""
-    chosen = torch.arange(min(len(inputs), 4 * CHUNK))
+def _error(run: nn.Module, inputs: Cache, target: Cache) -> float:
+    """Mean squared error over the first images."""
+    chosen = torch.arange(min(len(inputs), LOOKED_AT))
     device = next(run.parameters()).device
     return float((run(inputs.take(chosen).to(device)).cpu() - target.take(chosen)).square().mean())

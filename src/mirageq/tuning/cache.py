@@ -1,0 +1,72 @@
+"""Activations of all images at one place of a network, in memory or in a file that goes with them."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+CHUNK = 32
+FLOAT_BYTES = 4
+
+
+class Cache:
+    """Activations (N, ...) float32 of all images.
+
+    Args:
+        values: a tensor, or rows in a file.
+        folder: where what `through` makes is kept,
+        limit: if it takes more bytes than this.
+    """
+
+    def __init__(self, values: Tensor | Spilled, folder: Path, limit: int) -> None:
+        self._values, self._folder, self._limit = values, folder, limit
+
+    @property
+    def shape(self) -> torch.Size:
+        return self._values.shape
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def take(self, chosen: Tensor) -> Tensor:
+        """The rows with these numbers (B,), (B, ...)."""
+        return self._values[chosen]
+
+    @torch.no_grad()
+    def through(self, run: nn.Module, device: torch.device) -> Cache:
+        """What `run` makes of all of them, chunk by chunk."""
+        room: Tensor | Spilled | None = None
+        for start in range(0, len(self), CHUNK):
+            chosen = torch.arange(start, min(start + CHUNK, len(self)))
+            result = run(self.take(chosen).to(device)).float().cpu()
+            if room is None:
+                shape = torch.Size((len(self), *result.shape[1:]))
+                fits = FLOAT_BYTES * math.prod(shape) <= self._limit
+                room = torch.empty(shape) if fits else Spilled(shape, self._folder)
+            room[start : start + len(result)] = result
+        assert room is not None
+        return Cache(room, self._folder, self._limit)
+
+
+class Spilled:
+    """Rows of float32 in a temporary file, which vanishes with the object."""
+
+    def __init__(self, shape: torch.Size, folder: Path) -> None:
+        self.shape = shape
+        self._row_bytes = FLOAT_BYTES * math.prod(shape[1:])
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed with the object
+
+    def __getitem__(self, chosen: Tensor) -> Tensor:
+        rows = torch.empty(len(chosen), *self.shape[1:])
+        for row, index in zip(rows, chosen.tolist(), strict=True):
+            self._file.seek(index * self._row_bytes)
+            self._file.readinto(row.numpy())  # type: ignore[attr-defined]
+        return rows
+
+    def __setitem__(self, place: slice, values: Tensor) -> None:
+        self._file.seek(place.start * self._row_bytes)
+        self._file.write(values.contiguous().numpy().tobytes())

@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+from mirageq.tuning.cache import Cache
+
+
+@pytest.mark.parametrize("limit", [0, 2**20])
+def test_rows_come_back_from_memory_and_from_a_file_that_vanishes(limit, tmp_path):
+    torch.manual_seed(0)
+    images = torch.randn(70, 3, 4, 4)  # more than two chunks
+    cache = Cache(images, tmp_path, limit).through(torch.nn.Conv2d(3, 5, 3), torch.device("cpu"))
+    chosen = torch.tensor([69, 0, 33, 0])
+    first = cache.take(chosen)
+    assert cache.shape == (70, 5, 2, 2)
+    assert first.shape == (4, 5, 2, 2)
+    assert torch.equal(first[1], first[3])
+    again = cache.through(torch.nn.Identity(), torch.device("cpu"))
+    assert torch.equal(again.take(chosen), first)
+    del cache, again
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
