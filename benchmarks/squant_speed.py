@@ -1,0 +1,33 @@
+"""What the baseline without synthesis costs: python benchmarks/squant_speed.py [TIMM_NAME]
+
+Recipe `squant` on a randomly initialised network (resnet18): seconds of each stage, three times; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from mirageq import Teacher, models, quantize, recipe
+
+
+def main() -> None:
+    name = sys.argv[1] if len(sys.argv) > 1 else "resnet18"
+    teacher = Teacher.wrap(models.import_timm().create_model(name).eval(), (3, 224, 224))
+    wanted = recipe.build(recipe.read("squant"))
+    for _ in range(3):
+        started = time.perf_counter()
+        result = quantize(
+            teacher,
+            wanted.method,
+            scheme=wanted.scheme,
+            tuner=wanted.tuner,
+            images=wanted.images,
+            calibration_images=wanted.calibration_images,
+        )
+        stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in result.seconds.items())
+        print(f"{name}: {time.perf_counter() - started:.2f} s ({stages})")
+
+
+if __name__ == "__main__":
+    main()
