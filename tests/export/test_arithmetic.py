@@ -68,15 +68,17 @@ def test_an_accumulator_is_rounded_as_the_kernel_rounds_it():
     assert np.array_equal(torch.round(got / last.scale + last.zero_point).numpy(), expected)
 
 
-def test_both_copies_keep_the_students_codes():
+@pytest.mark.parametrize("placement", ["paper", "deploy"])
+def test_both_copies_keep_the_students_codes(placement):
     torch.manual_seed(0)
     teacher = Teacher.wrap(TinyResNet(), (3, 8, 8))
-    student = convert(teacher.network, Scheme(weight_bits=8, activation_bits=8, placement="deploy"))
+    student = convert(teacher.network, Scheme(weight_bits=8, activation_bits=8, placement=placement))
     images = torch.randn(40, 3, 8, 8)
     student.calibrate([images])
     exact = in_double(student)
     for (quantizer, weight), (_, copied) in zip(student.quantized_weights(), exact.quantized_weights(), strict=True):
-        assert torch.equal(quantizer.codes(weight).double(), torch.round(copied / quantizer.affine(weight)[0].double()))
+        scale, zero_point = (value.double() for value in quantizer.affine(weight))
+        assert torch.equal(quantizer.codes(weight).double(), torch.round(copied / scale) + zero_point)
     with torch.no_grad():
         expected = student(images)
         for copied in (exact, in_kernel_arithmetic(student)):

@@ -30,12 +30,14 @@ def in_double(student: Student) -> Student:
     """A copy that computes in float64, with the very codes of weights and biases that the float32 student has."""
     exact = copy.deepcopy(student).double()
     biases = student.integer_biases()
+    weights = zip(student.quantized_weights(), exact.quantized_weights(), strict=True)
     with torch.no_grad():
-        for (quantizer, weight), (_, copied) in zip(
-            student.quantized_weights(), exact.quantized_weights(), strict=True
-        ):
+        for (quantizer, weight), (copied_quantizer, copied_weight) in weights:
             scale, zero_point = quantizer.affine(weight)
-            copied.copy_((quantizer.codes(weight) - zero_point.double()) * scale.double())
+            copied_quantizer.freeze(weight)
+            copied_weight.copy_((quantizer.codes(weight) - zero_point.double()) * scale.double())
+    exact.double()
+    with torch.no_grad():
         for node in exact.network.graph.find_nodes(op="call_module"):
             part = exact.network.get_submodule(node.target)
             if isinstance(part, BiasQuantizer):

@@ -78,6 +78,14 @@ class WeightQuantizer(nn.Module):
         with torch.no_grad():
             self.scale.copy_(scale)  # type: ignore[operator]
 
+    def freeze(self, weight: Tensor) -> None:
+        """Keep from now on the grid that follows this weight, if it follows."""
+        if not self.fixed:
+            scale, zero_point = self.affine(weight)
+            self.register_buffer("scale", scale.detach())
+            self.register_buffer("zero_point", zero_point.detach())
+            self.fixed = True
+
     def switch_on(self) -> None:
         """Quantize again."""
         self.state = "on"
