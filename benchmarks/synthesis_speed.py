@@ -1,6 +1,6 @@
 """What a synthesis step costs, and what two choices save: python benchmarks/synthesis_speed.py [NETWORK]
 
-Compares, in turn and as ratios within one run: batch statistics by `losses.channel_statistics` against
+Compares, in turn and as ratios within one run: batch statistics by `moments.channel_statistics` against
 `torch.var_mean`, and the whole step in float32 against bfloat16 autocast. NETWORK: a name in `benchmarks/networks.py`.
 """
 
@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from mirageq.losses import bn_alignment, channel_statistics
+from mirageq.losses import bn_alignment
+from mirageq.moments import channel_statistics
 from mirageq.run import NetworkChoice, load_teacher
 
 ROUNDS = 7

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from torch import nn
 
+from mirageq import UserError
 from mirageq.graph import capture
-from mirageq.observe import Observer
+from mirageq.observe import Observer, compiled
 
 SHAPE = (3, 9, 9)
 
@@ -43,3 +46,36 @@ def test_only_what_follows_a_stride_swings_and_the_network_stays(network):
     assert torch.equal(Observer(network)(images).logits, plain.logits)
     again = observe(images, torch.Generator().manual_seed(0))
     assert torch.equal(again.logits, seen[0].logits)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs a C++ compiler")
+def test_a_compiled_pass_sees_the_same_and_has_the_same_gradient(network):
+    images = torch.randn(6, *SHAPE, requires_grad=True)
+    observe = Observer(network)
+    results = []
+    for look in (observe, compiled(observe)):
+        seen = look(images)
+        total = sum(
+            (mean.square().sum() + var.sum() for mean, var in seen.moments.values()), seen.logits.square().sum()
+        )
+        results.append((seen, torch.autograd.grad(total, images)[0]))
+    (plain, gradient), (fast, other) = results
+    assert torch.allclose(fast.logits, plain.logits, atol=1e-5)
+    assert torch.allclose(fast.features, plain.features, atol=1e-5)
+    assert list(fast.moments) == list(plain.moments)
+    for name, moments in fast.moments.items():
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(moments, plain.moments[name], strict=True))
+    assert torch.allclose(other, gradient, atol=1e-4)
+
+
+def test_where_nothing_compiles_a_sentence_says_so(network, monkeypatch):
+    def broken(function, **settings):
+        def run(images):
+            raise torch._dynamo.exc.BackendCompilerFailed(lambda graph: graph, RuntimeError("no C++ compiler"), None)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(UserError, match=r"cannot be compiled here.*method.compile=false"):
+        compiled(Observer(network))(torch.zeros(2, *SHAPE))

@@ -9,50 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mirageq.errors import UserError
-from mirageq.observe import Observation
+from mirageq.observe import Glance, Observation
 from mirageq.teacher import BatchNormStatistics
 
 EPS = 1e-6
 """Added to variances before a square root."""
 
 
-def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of (N, C, ...) over everything but channels, each (C,) in float32.
-
-    The variance is E[x^2] - E[x]^2, which needs no centred copy of `x`; see `benchmarks/synthesis_speed.py`.
-    """
-    return _ChannelStatistics.apply(x)
-
-
-class _ChannelStatistics(torch.autograd.Function):
-    """Two reductions forward and one fused multiply-add backward; nothing but `x` is kept."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        dims = [0, *range(2, x.dim())]
-        mean = x.mean(dims, dtype=torch.float32)
-        count = x.numel() // x.shape[1]
-        square = torch.linalg.vector_norm(x, dim=dims, dtype=torch.float32).square() / count
-        ctx.save_for_backward(x, mean)
-        ctx.count = count
-        return mean, (square - mean.square()).clamp_min_(0)
-
-    @staticmethod
-    def backward(ctx, grad_mean: Tensor, grad_var: Tensor) -> Tensor:  # type: ignore[override]
-        x, mean = ctx.saved_tensors
-        shape = [1, -1] + [1] * (x.dim() - 2)
-        slope = grad_var * (2 / ctx.count)
-        offset = grad_mean / ctx.count - slope * mean
-        return torch.addcmul(offset.view(shape).to(x.dtype), x, slope.view(shape).to(x.dtype))
-
-
-def sample_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each image's channels over space: (N, C, ...) -> two of (N, C), float32."""
-    var, mean = torch.var_mean(x.float().flatten(2), dim=2, correction=0)
-    return mean, var
-
-
-def bn_alignment(seen: Observation, remembered: Iterable[BatchNormStatistics]) -> Tensor:
+def bn_alignment(seen: Observation | Glance, remembered: Iterable[BatchNormStatistics]) -> Tensor:
     """Batch-normalisation statistics alignment, the term every method of the family shares.
 
     `1/L sum_l [MSE(mean_l) + MSE(variance_l)]`, the squared errors averaged over channels, between the batch
@@ -60,7 +24,7 @@ def bn_alignment(seen: Observation, remembered: Iterable[BatchNormStatistics]) -
     """
     terms = []
     for norm in remembered:
-        mean, var = channel_statistics(seen.bn_inputs[norm.name])
+        mean, var = seen.moments[norm.name]
         terms.append(F.mse_loss(mean, norm.mean) + F.mse_loss(var, norm.var))
     return torch.stack(terms).mean()
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from mirageq.augment import shifted
+from mirageq.errors import UserError, first_line
 from mirageq.graph import batch_norms, feature_node, layer_name, share
+from mirageq.moments import channel_statistics
 
 
 @dataclass(frozen=True)
@@ -21,11 +25,25 @@ class Observation:
         logits: (N, classes).
         features: (N, D), the penultimate features (what the classifier reads), averaged over space if need be.
         bn_inputs: layer name -> (N, C, ...), the input of each batch normalisation, in order of computation.
+        moments: layer name -> mean and variance of that input's channels over the batch, each (C,).
     """
 
     logits: Tensor
     features: Tensor
     bn_inputs: dict[str, Tensor]
+
+    @cached_property
+    def moments(self) -> dict[str, tuple[Tensor, Tensor]]:
+        return {name: channel_statistics(x) for name, x in self.bn_inputs.items()}
+
+
+@dataclass(frozen=True)
+class Glance:
+    """An observation that kept only the moments, as a compiled pass gives it; see `Observation`."""
+
+    logits: Tensor
+    features: Tensor
+    moments: dict[str, tuple[Tensor, Tensor]]
 
 
 class Observer:
@@ -50,6 +68,38 @@ class Observer:
             self._swing.generator = generator
         logits, features, *bn_inputs = self._network(images)
         return Observation(logits, pool(features), dict(zip(self.names, bn_inputs, strict=True)))
+
+
+def compiled(observe: Observer) -> Callable[[Tensor], Glance]:
+    """The observer's pass and the moments in one compiled function, without the tensors in between.
+
+    Raises (when it is first called):
+        UserError: it cannot be compiled here; a CPU needs a C++ compiler.
+    """
+
+    def whole(images: Tensor) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+        seen = observe(images)
+        return seen.logits, seen.features, [_moments(x) for x in seen.bn_inputs.values()]
+
+    run = torch.compile(whole, dynamic=False)
+
+    def look(images: Tensor) -> Glance:
+        try:
+            logits, features, moments = run(images)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            raise UserError(
+                f"The network cannot be compiled here ({first_line(error)}). Set method.compile=false."
+            ) from error
+        return Glance(logits, features, dict(zip(observe.names, moments, strict=True)))
+
+    return look
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """As `channel_statistics`, in operations that a compiler fuses with those before."""
+    x, dims = x.float(), [0, *range(2, x.dim())]
+    mean = x.mean(dims)
+    return mean, (x.square().mean(dims) - mean.square()).clamp_min(0)
 
 
 class _Swing(nn.Module):

@@ -13,9 +13,11 @@ from torch import Tensor
 from mirageq.errors import UserError, check_choices
 from mirageq.images import Batch, GrowingSet, SyntheticSet
 from mirageq.journal import Journal
+from mirageq.observe import Glance, Observation, compiled
 from mirageq.seeding import stream
 from mirageq.teacher import Teacher
 
+Observe = Callable[[Tensor], Observation | Glance]
 Loss = Callable[[Tensor, torch.Generator], dict[str, Tensor]]
 """`loss(images, generator)`: named, already weighted scalar terms; randomness comes from the generator alone."""
 
@@ -35,6 +37,8 @@ class Descent:
         clamp: keep pixels in the range that real ones have; the teacher's normalisation must be known. Not in the
             papers; it matters where the image itself is quantized, because its range then fits real images.
         precision: "bfloat16" runs the teacher under autocast: 1.2 to 1.7 times faster, slightly noisier gradients.
+        compile: compile the teacher's pass: another 1.2 to 1.4 times faster, after half a minute or so. On a CPU it needs a
+            C++ compiler.
     """
 
     batch_size: int = 256
@@ -46,6 +50,7 @@ class Descent:
     min_lr: float = 1e-4
     clamp: bool = False
     precision: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "iterations", "lr", "patience"):
@@ -81,13 +86,18 @@ class Parameters:
 
 
 class Canvas:
-    """A set being painted part by part; finished parts are kept, so an interrupted run goes on where it was."""
+    """A set being painted part by part; finished parts are kept, so an interrupted run goes on where it was.
+
+    Attributes:
+        observe: what painting looks at the images with: the teacher's observer, compiled if the settings say so.
+    """
 
     def __init__(self, teacher: Teacher, count: int, settings: Descent, seed: int, journal: Journal) -> None:
         if count < 1:
             raise UserError(f"The number of images to synthesise must be positive; got {count}.")
         self._range = teacher.pixel_range() if settings.clamp else None
         self.teacher, self.settings, self.seed, self.journal = teacher, settings, seed, journal
+        self.observe: Observe = compiled(teacher.observe) if settings.compile else teacher.observe
         path = journal.folder / "synthetic.safetensors" if journal.folder else None
         self._set = GrowingSet(count, teacher.image_shape, path)
         self._count = count

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from mirageq.errors import UserError
-from mirageq.losses import sample_statistics
 from mirageq.methods.clusterq import Centroids, ClusterQ, deep_layers
+from mirageq.moments import sample_statistics
 from mirageq.observe import Observation
 from mirageq.teacher import Teacher
 from mirageq.testing import CLASSES, SHAPE, TinyResNet

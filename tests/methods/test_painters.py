@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from mirageq import Teacher, UserError
-from mirageq.losses import channel_statistics
 from mirageq.methods.dgh import DGH, joined, smoothed
 from mirageq.methods.hast import HAST, focal_cross_entropy
 from mirageq.methods.synq import SynQ, low_passed
 from mirageq.methods.zeroq import ZeroQ
+from mirageq.moments import channel_statistics
 from mirageq.testing import TinyResNet
 
 SHAPE = (3, 8, 8)

@@ -34,7 +34,7 @@ from mirageq.generator import SAMPLE_BATCH, Draw, GeneratorSource, GeneratorTrai
 from mirageq.graph import batch_norms, weighted
 from mirageq.images import ImageSource
 from mirageq.journal import Journal
-from mirageq.losses import sample_statistics
+from mirageq.moments import sample_statistics
 from mirageq.observe import Observation
 from mirageq.teacher import Teacher
 

@@ -25,9 +25,9 @@ from mirageq.augment import shifted
 from mirageq.errors import UserError
 from mirageq.images import ImageSource
 from mirageq.journal import Journal
-from mirageq.losses import channel_statistics, deviation_alignment
-from mirageq.observe import Observation
-from mirageq.paint import Canvas, Descent
+from mirageq.losses import deviation_alignment
+from mirageq.observe import Glance, Observation
+from mirageq.paint import Canvas, Descent, Observe
 from mirageq.teacher import Teacher
 
 Sums = dict[str, tuple[Tensor, Tensor]]
@@ -62,16 +62,18 @@ class DGH(Descent):
         sums: Sums = {}
         for part in canvas.parts():
             develop = smoothed if self.smooth else None
-            finished = canvas.paint(part, partial(self._loss, teacher, sums, part.start), develop=develop)
+            finished = canvas.paint(
+                part, partial(self._loss, teacher, canvas.observe, sums, part.start), develop=develop
+            )
             with torch.no_grad():
                 sums = joined(sums, teacher.observe(finished.images), len(finished.images))
         return canvas.finish()
 
     def _loss(
-        self, teacher: Teacher, sums: Sums, done: int, images: Tensor, generator: torch.Generator
+        self, teacher: Teacher, observe: Observe, sums: Sums, done: int, images: Tensor, generator: torch.Generator
     ) -> dict[str, Tensor]:
         images = shifted(images, generator, int(self.shift * min(images.shape[2:])), flip=0.5)
-        seen = teacher.observe(smoothed(images) if self.smooth else images)
+        seen = observe(smoothed(images) if self.smooth else images)
         total = joined(sums, seen, len(images))
         terms = []
         for norm in teacher.batch_norms:
@@ -82,11 +84,10 @@ class DGH(Descent):
         return {"bn": torch.stack(terms).mean(), "stretch": -self.stretch_weight * spread.mean()}
 
 
-def joined(sums: Sums, seen: Observation, count: int) -> Sums:
+def joined(sums: Sums, seen: Observation | Glance, count: int) -> Sums:
     """The sums after `count` further images."""
     result = {}
-    for name, x in seen.bn_inputs.items():
-        mean, var = channel_statistics(x)
+    for name, (mean, var) in seen.moments.items():
         before = sums.get(name, (0.0, 0.0))
         result[name] = before[0] + count * mean, before[1] + count * (var + mean.square())
     return result

@@ -24,7 +24,7 @@ from mirageq.errors import UserError
 from mirageq.generator import Generator, GeneratorTraining
 from mirageq.images import ImageSource
 from mirageq.journal import Journal
-from mirageq.losses import channel_statistics, deviation_alignment
+from mirageq.losses import deviation_alignment
 from mirageq.observe import Observer
 from mirageq.paint import Canvas, Descent, Parameters
 from mirageq.teacher import Teacher
@@ -78,8 +78,5 @@ class Genie(Descent):
 
 def _loss(teacher: Teacher, observe: Observer, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
     seen = observe(images, generator)
-    layers = [
-        deviation_alignment(*channel_statistics(seen.bn_inputs[norm.name]), norm.mean, norm.var)
-        for norm in teacher.batch_norms
-    ]
+    layers = [deviation_alignment(*seen.moments[norm.name], norm.mean, norm.var) for norm in teacher.batch_norms]
     return {"bn": torch.stack(layers).sum()}

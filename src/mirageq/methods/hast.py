@@ -23,7 +23,7 @@ from mirageq.errors import UserError
 from mirageq.images import ImageSource
 from mirageq.journal import Journal
 from mirageq.losses import bn_alignment
-from mirageq.paint import Canvas, Descent
+from mirageq.paint import Canvas, Descent, Observe
 from mirageq.teacher import Teacher
 
 
@@ -52,11 +52,13 @@ class HAST(Descent):
         canvas = Canvas(teacher, count, self, seed, journal or Journal())
         for part in canvas.parts():
             labels = part.draw_labels(teacher.classes).to(teacher.device)
-            canvas.paint(part, partial(self._loss, teacher, labels), labels)
+            canvas.paint(part, partial(self._loss, teacher, canvas.observe, labels), labels)
         return canvas.finish()
 
-    def _loss(self, teacher: Teacher, labels: Tensor, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        seen = teacher.observe(images)
+    def _loss(
+        self, teacher: Teacher, observe: Observe, labels: Tensor, images: Tensor, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        seen = observe(images)
         return {
             "bn": self.bn_weight * bn_alignment(seen, teacher.batch_norms),
             "class": self.class_weight * focal_cross_entropy(seen.logits, labels, self.focus),

@@ -36,7 +36,7 @@ from mirageq.errors import UserError
 from mirageq.images import ImageSource
 from mirageq.journal import Journal
 from mirageq.losses import bn_alignment, check_margins, marginal_distance
-from mirageq.paint import Canvas, Descent
+from mirageq.paint import Canvas, Descent, Observe
 from mirageq.teacher import Teacher
 
 
@@ -79,13 +79,16 @@ class IntraQ(Descent):
         for part in canvas.parts():
             labels = part.draw_labels(teacher.classes).to(teacher.device)
             targets = soft_targets(len(labels), self.target_low, part.stream("targets")).to(teacher.device)
-            finished = canvas.paint(part, partial(self._loss, teacher, labels, targets, centres), labels)
+            finished = canvas.paint(
+                part, partial(self._loss, teacher, canvas.observe, labels, targets, centres), labels
+            )
             centres = centres.joined_by(teacher, finished.images, labels)
         return canvas.finish()
 
     def _loss(
         self,
         teacher: Teacher,
+        observe: Observe,
         labels: Tensor,
         targets: Tensor,
         centres: ClassCentres,
@@ -95,7 +98,7 @@ class IntraQ(Descent):
         """One iteration's terms, on the batch as it is or through crops (local object reinforcement)."""
         if torch.rand((), generator=generator) < self.crop_probability:
             images = random_resized_crop(images, generator, scale=(self.crop_scale, 1.0))
-        seen = teacher.observe(images)
+        seen = observe(images)
         mean, known = centres.of(labels)
         return {
             "bn": self.bn_weight * bn_alignment(seen, teacher.batch_norms),

@@ -27,9 +27,9 @@ from torch import Tensor
 from mirageq.errors import UserError
 from mirageq.images import ImageSource, SyntheticSet
 from mirageq.journal import Journal
-from mirageq.losses import sample_statistics
 from mirageq.methods.contract import Method
 from mirageq.methods.zeroq import ZeroQ
+from mirageq.moments import sample_statistics
 from mirageq.teacher import Teacher
 
 CHUNK = 64

@@ -33,7 +33,7 @@ from torch import Tensor
 from mirageq.generator import Draw, GeneratorSource, GeneratorTraining
 from mirageq.images import ImageSource
 from mirageq.journal import Journal
-from mirageq.losses import channel_statistics, check_margins, marginal_distance
+from mirageq.losses import check_margins, marginal_distance
 from mirageq.observe import Observation
 from mirageq.paint import Canvas, Descent
 from mirageq.seeding import stream
@@ -170,7 +170,7 @@ def layered_alignment(seen: Observation, remembered: Sequence[BatchNormStatistic
     terms = []
     for index, norm in enumerate(remembered):
         slack = tolerance * (1 - index / max(len(remembered) - 1, 1))
-        mean, var = channel_statistics(seen.bn_inputs[norm.name])
+        mean, var = seen.moments[norm.name]
         excess_mean = F.relu((mean - norm.mean).abs() - slack * norm.var.sqrt())
         excess_var = F.relu((var - norm.var).abs() - slack * norm.var)
         terms.append(excess_mean.square().mean() + excess_var.square().mean())

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from mirageq.images import ImageSource
 from mirageq.journal import Journal
-from mirageq.losses import channel_statistics, deviation_alignment
-from mirageq.paint import Canvas, Descent
+from mirageq.losses import deviation_alignment
+from mirageq.moments import channel_statistics
+from mirageq.paint import Canvas, Descent, Observe
 from mirageq.teacher import Teacher
 
 
@@ -38,17 +39,14 @@ class ZeroQ(Descent):
         teacher.require_batch_norms("ZeroQ")
         canvas = Canvas(teacher, count, self, seed, journal or Journal())
         for part in canvas.parts():
-            canvas.paint(part, partial(_loss, teacher))
+            canvas.paint(part, partial(_loss, teacher, canvas.observe))
         return canvas.finish()
 
 
-def _loss(teacher: Teacher, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+def _loss(teacher: Teacher, observe: Observe, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
     """Eq. 3: squared distances of means and deviations, averaged over channels, summed over layers."""
-    seen = teacher.observe(images)
-    layers = [
-        deviation_alignment(*channel_statistics(seen.bn_inputs[norm.name]), norm.mean, norm.var)
-        for norm in teacher.batch_norms
-    ]
+    seen = observe(images)
+    layers = [deviation_alignment(*seen.moments[norm.name], norm.mean, norm.var) for norm in teacher.batch_norms]
     blank = torch.zeros(images.shape[1], device=images.device)
     whole = deviation_alignment(*channel_statistics(images), blank, blank + 1)
     return {"bn": torch.stack(layers).sum(), "input": whole}

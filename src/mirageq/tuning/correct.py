@@ -27,7 +27,7 @@ from mirageq.errors import UserError
 from mirageq.graph import BATCH_NORM, WEIGHTED, is_stored, running_statistics, stored
 from mirageq.images import ImageSource
 from mirageq.journal import Journal
-from mirageq.losses import channel_statistics
+from mirageq.moments import channel_statistics
 from mirageq.quant import Student, convert
 from mirageq.quant.quantizers import BiasQuantizer, in_float
 from mirageq.teacher import Teacher
