@@ -37,8 +37,8 @@ class Descent:
         clamp: keep pixels in the range that real ones have; the teacher's normalisation must be known. Not in the
             papers; it matters where the image itself is quantized, because its range then fits real images.
         precision: "bfloat16" runs the teacher under autocast: 1.2 to 1.7 times faster, slightly noisier gradients.
-        compile: compile the teacher's pass: another 1.2 to 1.4 times faster, after half a minute or so. On a CPU it needs a
-            C++ compiler.
+        compile: compile the teacher's pass: another 1.2 to 1.4 times faster, after half a minute or so. On a CPU it
+            needs a C++ compiler.
     """
 
     batch_size: int = 256

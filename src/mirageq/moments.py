@@ -1,0 +1,42 @@
+"""Means and variances of feature maps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of (N, C, ...) over everything but channels, each (C,) in float32.
+
+    The variance is E[x^2] - E[x]^2, which needs no centred copy of `x`; see `benchmarks/synthesis_speed.py`.
+    """
+    return _ChannelStatistics.apply(x)
+
+
+class _ChannelStatistics(torch.autograd.Function):
+    """Two reductions forward and one fused multiply-add backward; nothing but `x` is kept."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        dims = [0, *range(2, x.dim())]
+        mean = x.mean(dims, dtype=torch.float32)
+        count = x.numel() // x.shape[1]
+        square = torch.linalg.vector_norm(x, dim=dims, dtype=torch.float32).square() / count
+        ctx.save_for_backward(x, mean)
+        ctx.count = count
+        return mean, (square - mean.square()).clamp_min_(0)
+
+    @staticmethod
+    def backward(ctx, grad_mean: Tensor, grad_var: Tensor) -> Tensor:  # type: ignore[override]
+        x, mean = ctx.saved_tensors
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        slope = grad_var * (2 / ctx.count)
+        offset = grad_mean / ctx.count - slope * mean
+        return torch.addcmul(offset.view(shape).to(x.dtype), x, slope.view(shape).to(x.dtype))
+
+
+def sample_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each image's channels over space: (N, C, ...) -> two of (N, C), float32."""
+    var, mean = torch.var_mean(x.float().flatten(2), dim=2, correction=0)
+    return mean, var
