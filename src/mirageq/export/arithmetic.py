@@ -1,7 +1,7 @@
 """A student in the arithmetic of ONNX Runtime's integer kernels: what its file must give, code by code.
 
 On paper a code is round(y / s_y) of a real y. The kernels come near it in float32, each in its own order: a convolution
-rounds float32(accumulator) * float32(s_x s_w / s_y), a sum rounds fma(b, s_b / s_y, fma(a, s_a / s_y, offset)). Where y
+rounds float32(accumulator) * float32(s_x s_w / s_y), a sum rounds fma(a, s_a / s_y, fma(b, s_b / s_y, offset)). Where y
 lies in the middle of two codes the two disagree, and in a deep network one such code changes thousands after it. So a
 file is proved against this student, in which each rounding is made as the kernel makes it; what is not written here
 (pooling, products) is computed in float64.
@@ -120,18 +120,24 @@ class _AfterProduct(_Rounding):
 
 
 class _AfterSum(_Rounding):
-    """Of two tensors of codes a and b: fma(b, s_b / s_y, fma(a, s_a / s_y, offset)), each rounded to float32 once."""
+    """Of two tensors of codes: fma(a, s_a / s_y, fma(b, s_b / s_y, offset)), each rounded to float32 once."""
 
-    def __init__(self, quantizer: ActivationQuantizer, *terms: ActivationQuantizer | _Rounding) -> None:
+    def __init__(
+        self, quantizer: ActivationQuantizer, a: ActivationQuantizer | _Rounding, b: ActivationQuantizer | _Rounding
+    ) -> None:
         super().__init__(quantizer)
-        self.steps = [(part.scale.detach(), part.zero_point) for part in terms]
-        self.ratios = [scale.float() / self.scale.float() for scale, _ in self.steps]  # type: ignore[operator]
-        shifts = [ratio * zero.float() for ratio, (_, zero) in zip(self.ratios, self.steps, strict=True)]
-        self.offset = self.zero_point.float() - (shifts[0] + shifts[1])  # type: ignore[operator]
+        self.a, self.b = ((part.scale.detach(), part.zero_point.double()) for part in (a, b))  # type: ignore[operator]
+        self.ratios = [scale.float() / self.scale.float() for scale, _ in (self.a, self.b)]  # type: ignore[operator]
+        shift = fused(self.ratios[0], self.a[1], self.ratios[1] * self.b[1].float())
+        self.offset = self.zero_point.float() - shift  # type: ignore[operator]
 
-    def forward(self, *values: Tensor) -> Tensor:
-        total = self.offset
-        for x, (scale, zero_point), ratio in zip(values, self.steps, self.ratios, strict=True):
-            codes = torch.round(x / scale) + zero_point
-            total = (codes * ratio.double() + total.double()).float()
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        (first, second), total = self.ratios, self.offset
+        total = fused(second, torch.round(y / self.b[0]) + self.b[1], total)
+        total = fused(first, torch.round(x / self.a[0]) + self.a[1], total)
         return self.on_grid(torch.round(total).double())
+
+
+def fused(factor: Tensor, codes: Tensor, summand: Tensor) -> Tensor:
+    """A fused multiply-add of float32 numbers: factor * codes + summand, rounded once."""
+    return (factor.double() * codes.double() + summand.double()).float()
