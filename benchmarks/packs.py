@@ -2,8 +2,8 @@
 
     python benchmarks/packs.py imagenet_efficientnet_lite0 [--images RUN_IMAGES.safetensors]
 
-Each network is quantized to 8 bits by `onnxruntime.quantization.quantize_static` and by `nncf.quantize` (OpenVINO), fed
-with 64 images: IntraQ's, Gaussian noise, and real training images. Rows go to benchmarks/results/packs.jsonl.
+Each network is quantized to 8 bits by `onnxruntime.quantization.quantize_static` (its default min-max ranges, and its
+percentile ranges) and by `nncf.quantize` (OpenVINO), fed with 64 images: IntraQ's, Gaussian noise, and real ones. Rows go to benchmarks/results/packs.jsonl.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import argparse
 import json
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import nncf
 import numpy as np
 import openvino
-from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from mirageq import Noise
@@ -58,7 +59,7 @@ def main() -> None:
         for source, images in sources.items():
             write_pack(images.sample(options.count), teacher, folder / source, {"method": source})
             pack = open_pack(folder / source)
-            for tool, quantize in (("onnxruntime", with_onnxruntime), ("nncf", with_nncf)):
+            for tool, quantize in TOOLS.items():
                 started = time.perf_counter()
                 run = quantize(pack, folder)
                 seconds = time.perf_counter() - started
@@ -80,7 +81,7 @@ class Measure:
         return {"top1": measured.top1, "count": measured.count}
 
 
-def with_onnxruntime(pack, folder: Path):
+def with_onnxruntime(method: CalibrationMethod, pack, folder: Path):
     quantize_static(
         folder / "prepared.onnx",
         folder / "int8.onnx",
@@ -89,6 +90,7 @@ def with_onnxruntime(pack, folder: Path):
         per_channel=True,
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
+        calibrate_method=method,
     )
     return of_tensors(open_file(folder / "int8.onnx", "onnxruntime"))
 
@@ -104,6 +106,13 @@ def of_tensors(run):
     import torch
 
     return lambda images: torch.from_numpy(np.asarray(run(images.numpy())))
+
+
+TOOLS = {
+    "onnxruntime, min-max": partial(with_onnxruntime, CalibrationMethod.MinMax),
+    "onnxruntime, percentile": partial(with_onnxruntime, CalibrationMethod.Percentile),
+    "nncf": with_nncf,
+}
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def packs(rows: list[dict]) -> str:
     ]
     for network in dict.fromkeys(row["network"] for row in rows):
         ours = {(row["tool"], row["images_from"]): row["top1"] for row in rows if row["network"] == network}
-        for tool in ("onnxruntime", "nncf"):
+        for tool in dict.fromkeys(tool for tool, source in ours if source):
             noise, intraq, real = (ours[tool, source] for source in ("noise", "intraq", "real"))
             figures = (ours["full precision", ""], noise, intraq, real, intraq - real)
             lines.append(f"| {network} | {tool} | " + " | ".join(f"{figure:.2f}" for figure in figures) + " |")
