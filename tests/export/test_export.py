@@ -270,8 +270,7 @@ def test_real_architectures_export_and_agree(name, bits, tmp_path):
     from mirageq import models
 
     torch.manual_seed(0)
-    network = models.load(f"timm:{name}", pretrained=False).model
-    teacher = Teacher.wrap(network, (3, 96, 96))
+    teacher = Teacher.wrap(models.import_timm().create_model(name).eval(), (3, 96, 96))
     student = convert(teacher.network, Scheme(weight_bits=bits, activation_bits=bits, placement="deploy"))
     images = torch.randn(40, 3, 96, 96)
     student.calibrate(images.split(20))
