@@ -34,6 +34,13 @@ def check_choices(settings: object) -> None:
             raise UserError(f"Unknown {name} {value!r}; {did_you_mean(str(value), get_args(hint))}.")
 
 
+def check_positive(settings: object, *names: str) -> None:
+    """Raise a `UserError` for the first of these settings that is not above zero."""
+    for name in names:
+        if getattr(settings, name) <= 0:
+            raise UserError(f"{name} must be positive; got {getattr(settings, name)}.")
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, without its full stop; its name if it says nothing."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mirageq.augment import random_resized_crop
-from mirageq.errors import UserError, check_choices
+from mirageq.errors import UserError, check_choices, check_positive
 from mirageq.images import Batch
 from mirageq.journal import Journal
 from mirageq.losses import bn_alignment
@@ -64,9 +64,7 @@ class GeneratorTraining:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        for name in ("batch_size", "lr", "latent", "width"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} must be positive; got {getattr(self, name)}.")
+        check_positive(self, "batch_size", "lr", "latent", "width")
         if self.warmup < 0:
             raise UserError(f"warmup counts updates and cannot be negative; got {self.warmup}.")
         if not 0 < self.crop_scale <= 1 or not 0 <= self.crop_probability <= 1:

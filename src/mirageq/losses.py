@@ -35,6 +35,13 @@ def deviation_alignment(mean: Tensor, var: Tensor, wanted_mean: Tensor, wanted_v
     return F.mse_loss(mean, wanted_mean) + F.mse_loss(deviation, wanted)
 
 
+def bn_deviation_alignment(seen: Observation | Glance, remembered: Iterable[BatchNormStatistics]) -> Tensor:
+    """ZeroQ's form of the alignment (eq. 3): `deviation_alignment` at each BN input, summed over layers."""
+    return torch.stack(
+        [deviation_alignment(*seen.moments[norm.name], norm.mean, norm.var) for norm in remembered]
+    ).sum()
+
+
 def check_margins(low: float, high: float) -> None:
     """Raise a `UserError` unless `marginal_distance` can take these margins."""
     if not 0 <= low <= high <= 2:

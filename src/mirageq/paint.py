@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mirageq.errors import UserError, check_choices
+from mirageq.errors import UserError, check_choices, check_positive
 from mirageq.images import Batch, GrowingSet, SyntheticSet
 from mirageq.journal import Journal
 from mirageq.observe import Glance, Observation, compiled
@@ -53,9 +53,7 @@ class Descent:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "iterations", "lr", "patience"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} must be positive; got {getattr(self, name)}.")
+        check_positive(self, "batch_size", "iterations", "lr", "patience")
         check_choices(self)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from mirageq import methods
-from mirageq.errors import UserError, did_you_mean
+from mirageq.errors import UserError, check_positive, did_you_mean
 from mirageq.methods import Method
 from mirageq.quant import Scheme, parse_bits
 from mirageq.tuning import TUNERS, Distill, Tuner
@@ -40,9 +40,7 @@ class Recipe:
     calibration_images: int = 256
 
     def __post_init__(self) -> None:
-        for name in ("images", "calibration_images"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be positive; got {getattr(self, name)}.")
+        check_positive(self, "images", "calibration_images")
 
 
 def shipped() -> dict[str, Path]:

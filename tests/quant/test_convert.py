@@ -203,6 +203,8 @@ def test_a_weight_used_twice_has_one_quantizer(images):
     student = student_of(capture(Twice(), SHAPE), images, placement="deploy")
     assert list(student.weight_quantizers) == ["stem", "conv", "fc"]
     assert len(student.bias_quantizers) == 4  # the same bias, in the steps of two inputs
+    assert [part.name for part, _ in student.quantized_weights()] == ["stem", "conv", "fc"]
+    assert student.size().weight_bytes == (8 * 3 * 9 + 8 * 8 + 8 * 4) // 2
     assert student(images).isfinite().all()
 
 

@@ -28,16 +28,16 @@ from mirageq.quant.quantizers import ActivationQuantizer, BiasQuantizer, WeightQ
 
 def in_double(student: Student) -> Student:
     """A copy that computes in float64, with the very codes of weights and biases that the float32 student has."""
-    exact = copy.deepcopy(student).double()
+    exact = copy.deepcopy(student)
+    for quantizer, weight in exact.quantized_weights():
+        quantizer.freeze(weight)
+    exact.double()
     biases = student.integer_biases()
     weights = zip(student.quantized_weights(), exact.quantized_weights(), strict=True)
     with torch.no_grad():
-        for (quantizer, weight), (copied_quantizer, copied_weight) in weights:
+        for (quantizer, weight), (_, copied) in weights:
             scale, zero_point = quantizer.affine(weight)
-            copied_quantizer.freeze(weight)
-            copied_weight.copy_((quantizer.codes(weight) - zero_point.double()) * scale.double())
-    exact.double()
-    with torch.no_grad():
+            copied.copy_((quantizer.codes(weight) - zero_point.double()) * scale.double())
         for node in exact.network.graph.find_nodes(op="call_module"):
             part = exact.network.get_submodule(node.target)
             if isinstance(part, BiasQuantizer):

@@ -20,11 +20,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mirageq.errors import UserError
+from mirageq.errors import check_positive
 from mirageq.generator import Generator, GeneratorTraining
 from mirageq.images import ImageSource
 from mirageq.journal import Journal
-from mirageq.losses import deviation_alignment
+from mirageq.losses import bn_deviation_alignment
 from mirageq.observe import Observer
 from mirageq.paint import Canvas, Descent, Parameters
 from mirageq.teacher import Teacher
@@ -53,9 +53,7 @@ class Genie(Descent):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("generator_rate", "latent", "width"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} must be positive; got {getattr(self, name)}.")
+        check_positive(self, "generator_rate", "latent", "width")
 
     def synthesize(self, teacher: Teacher, count: int, *, seed: int = 0, journal: Journal | None = None) -> ImageSource:
         """Draw `count` images, a batch and a generator at a time."""
@@ -78,5 +76,4 @@ class Genie(Descent):
 
 def _loss(teacher: Teacher, observe: Observer, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
     seen = observe(images, generator)
-    layers = [deviation_alignment(*seen.moments[norm.name], norm.mean, norm.var) for norm in teacher.batch_norms]
-    return {"bn": torch.stack(layers).sum()}
+    return {"bn": bn_deviation_alignment(seen, teacher.batch_norms)}

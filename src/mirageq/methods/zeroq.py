@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mirageq.images import ImageSource
 from mirageq.journal import Journal
-from mirageq.losses import deviation_alignment
+from mirageq.losses import bn_deviation_alignment, deviation_alignment
 from mirageq.moments import channel_statistics
 from mirageq.paint import Canvas, Descent, Observe
 from mirageq.teacher import Teacher
@@ -46,7 +46,6 @@ class ZeroQ(Descent):
 def _loss(teacher: Teacher, observe: Observe, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
     """Eq. 3: squared distances of means and deviations, averaged over channels, summed over layers."""
     seen = observe(images)
-    layers = [deviation_alignment(*seen.moments[norm.name], norm.mean, norm.var) for norm in teacher.batch_norms]
     blank = torch.zeros(images.shape[1], device=images.device)
     whole = deviation_alignment(*channel_statistics(images), blank, blank + 1)
-    return {"bn": torch.stack(layers).sum(), "input": whole}
+    return {"bn": bn_deviation_alignment(seen, teacher.batch_norms), "input": whole}

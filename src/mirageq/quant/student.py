@@ -133,14 +133,13 @@ class Student(nn.Module):
         return found
 
     def quantized_weights(self) -> list[tuple[WeightQuantizer, nn.Parameter]]:
-        """Each quantizer with the weight it is for, in order of computation."""
-        nodes = self.network.graph.find_nodes(op="call_module")
-        parts = [(self.network.get_submodule(node.target), node) for node in nodes]
-        return [
-            (part, self.network.get_parameter(node.args[0].target))
-            for part, node in parts
-            if isinstance(part, WeightQuantizer)
-        ]
+        """Each quantizer with the weight it is for, once, however many layers read it; in order of computation."""
+        found: dict[str, WeightQuantizer] = {}
+        for node in self.network.graph.find_nodes(op="call_module"):
+            part = self.network.get_submodule(node.target)
+            if isinstance(part, WeightQuantizer):
+                found[node.args[0].target] = part
+        return [(part, self.network.get_parameter(path)) for path, part in found.items()]
 
     def left_in_float(self) -> list[tuple[str, str]]:
         """What is not quantized: (tensor or operation, reason)."""
