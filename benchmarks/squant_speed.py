@@ -17,14 +17,7 @@ def main() -> None:
     wanted = recipe.build(recipe.read("squant"))
     for _ in range(3):
         started = time.perf_counter()
-        result = quantize(
-            teacher,
-            wanted.method,
-            scheme=wanted.scheme,
-            tuner=wanted.tuner,
-            images=wanted.images,
-            calibration_images=wanted.calibration_images,
-        )
+        result = quantize(teacher, **vars(wanted))
         stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in result.seconds.items())
         print(f"{name}: {time.perf_counter() - started:.2f} s ({stages})")
 

@@ -31,7 +31,7 @@ SECTIONS = ("method", "scheme", "tuner")
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything that decides a quantized model besides the network and the seed."""
+    """Everything that decides a quantized model besides the network and the seed: `quantize(model, **vars(recipe))`."""
 
     method: Method
     scheme: Scheme = field(default_factory=Scheme)

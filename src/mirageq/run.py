@@ -173,16 +173,7 @@ class Run:
                 source = recipe.method.synthesize(teacher, recipe.images, seed=self.seed, journal=journal)
             self._finish(source, journal.seconds, None)
             return None
-        result = quantize(
-            teacher,
-            recipe.method,
-            scheme=recipe.scheme,
-            tuner=recipe.tuner,
-            images=recipe.images,
-            calibration_images=recipe.calibration_images,
-            seed=self.seed,
-            journal=journal,
-        )
+        result = quantize(teacher, **vars(recipe), seed=self.seed, journal=journal)
         self._finish(result.source, result.seconds, result)
         return result
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from mirageq import Scheme, Teacher
 from mirageq.export.arithmetic import _AfterProduct, _AfterSum, in_double, in_kernel_arithmetic
+from mirageq.graph import capture
 from mirageq.quant import convert
 from mirageq.quant.quantizers import ActivationQuantizer
 from mirageq.testing import TinyResNet
@@ -85,3 +87,25 @@ def test_both_copies_keep_the_students_codes(placement):
             close = (copied(images.double()) - expected).abs().amax(1) <= 1e-4 * expected.abs().max()
             assert close.double().mean() >= 0.9  # the others hold a value in the middle of two codes
     assert next(student.parameters()).dtype == torch.float32
+
+
+def test_a_layer_used_twice_keeps_its_bias_in_the_steps_of_both_inputs():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Linear(8, 4)
+
+        def forward(self, x):
+            x = self.conv(self.stem(x).relu()).relu()
+            return self.fc(self.conv(x).relu().mean((2, 3)))
+
+    torch.manual_seed(0)
+    student = convert(capture(Twice().eval(), (3, 8, 8)), Scheme(weight_bits=8, activation_bits=8, placement="deploy"))
+    images = torch.randn(40, 3, 8, 8)
+    student.calibrate([images])
+    kept = in_double(student).network.state_dict()
+    (bias, first), (_, second) = (pair for name, pair in student.integer_biases().items() if name.startswith("conv"))
+    assert not torch.equal(first, second)
+    for step in (first, second):
+        expected = torch.round(bias / step).double() * step.double()
+        assert any(torch.equal(value, expected) for name, value in kept.items() if name.startswith("bias_quantizers"))

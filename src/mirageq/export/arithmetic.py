@@ -42,7 +42,8 @@ def in_double(student: Student) -> Student:
             part = exact.network.get_submodule(node.target)
             if isinstance(part, BiasQuantizer):
                 bias, step = biases[part.name]
-                stored(exact.network, node.args[0]).copy_(torch.round(bias / step).double() * step.double())
+                settled = torch.round(bias / step).double() * step.double()
+                exact.network.set_submodule(node.target, _Constant(settled))
     return exact
 
 
@@ -91,6 +92,17 @@ def _weight_scale(network: GraphModule, layer: Node) -> Tensor | None:
     if not isinstance(part, WeightQuantizer):
         return None
     return part.affine(stored(network, both.args[0]))[0].detach().flatten().float()
+
+
+class _Constant(nn.Module):
+    """A bias in the steps of one layer; another layer that shares it has its own."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("value", value)
+
+    def forward(self, *_: Tensor) -> Tensor:
+        return self.value  # type: ignore[return-value]
 
 
 class _Rounding(nn.Module):
