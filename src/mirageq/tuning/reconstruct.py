@@ -36,7 +36,7 @@ from mirageq.seeding import stream
 from mirageq.teacher import Teacher
 from mirageq.tuning.cache import Cache
 from mirageq.tuning.contract import Tuner, require_fixed_grids
-from mirageq.tuning.soft import DroppingActivation, SoftWeight
+from mirageq.tuning.soft import DroppingActivation, SoftWeight, dropping
 
 LOOKED_AT = 128  # images on which a block's error is told
 
@@ -225,7 +225,7 @@ class Reconstruct:
         """The block's input, each number in full precision with probability `drop`."""
         if not self.drop:
             return quantized
-        return torch.where(torch.rand(full.shape, generator=generator) < self.drop, full, quantized)
+        return dropping(quantized, full, self.drop, generator)
 
 
 def _sites(cache: Cache) -> int:
