@@ -96,6 +96,16 @@ class Stumbling(Journal):
             raise KeyboardInterrupt
 
 
+def test_blends_are_images_too(teacher, source):
+    plain, blended = student_of(teacher, source), student_of(teacher, source)
+    settings = {"steps": 2, "batch_size": 32}
+    with pytest.raises(UserError, match="larger than the 16 images"):
+        Reconstruct(**settings, images=16).tune(teacher, plain, source)
+    Reconstruct(**settings, images=16, mixes=1).tune(teacher, blended, source)
+    with torch.no_grad():
+        assert not torch.equal(plain(source.sample(8).images), blended(source.sample(8).images))
+
+
 def test_an_interrupted_run_ends_with_the_same_bits(teacher, source, tmp_path):
     whole, parts = student_of(teacher, source), student_of(teacher, source)
     settings = Reconstruct(**QUICK, layers_per_block=1)
@@ -175,6 +185,8 @@ def test_what_cannot_work_is_said(teacher, source):
         Reconstruct(lr=0.0)
     with pytest.raises(UserError, match="drop is a probability"):
         Reconstruct(drop=1.0)
+    with pytest.raises(UserError, match="mixes is how many sets of blended images to add, 0 or more; got -1"):
+        Reconstruct(mixes=-1)
     broken = student_of(teacher, source)
     with torch.no_grad():
         broken.network.get_parameter("conv3.weight").fill_(torch.nan)

@@ -50,8 +50,8 @@ class IntraQ(Descent):
         target_low: lowest target probability of the soft inception loss (epsilon); 1 gives the plain inception loss.
         margin_low, margin_high: cosine distances between which an image may lie from its class centre (lambda_l,
             lambda_u); 0 and 2 switch the constraint off.
-        bn_weight, inception_weight, margin_weight: weights of the three terms; the paper's are 1. Alignment grows with the
-            square of the activations: on MobileNets an `inception_weight` near 100 keeps the classes recognisable.
+        bn_weight, inception_weight, margin_weight: weights of the three terms; the paper's are 1. Alignment grows
+            with activations: on MobileNets an `inception_weight` near 100 keeps classes recognisable.
     """
 
     crop_probability: float = 0.5

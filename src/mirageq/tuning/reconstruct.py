@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from mirageq.augment import mixed
 from mirageq.errors import UserError
 from mirageq.images import ImageSource
 from mirageq.journal import Checkpoint, Journal
@@ -49,6 +50,7 @@ class Reconstruct:
         steps: updates of each block.
         batch_size: images of an update.
         images: of the source, cached at the blocks' borders.
+        mixes: so many times as many blends of two of them besides (mixup): blocks cannot learn a small set by heart.
         lr: Adam's rate of the rounding.
         scale_lr: Adam's rate of the activations' steps, relative to their size; 0 leaves them as calibrated.
         weight_scale_lr: the same for the weights' steps (GENIE-M); 0 leaves them.
@@ -64,6 +66,7 @@ class Reconstruct:
     steps: int = 500
     batch_size: int = 32
     images: int = 512
+    mixes: int = 0
     lr: float = 4e-2
     scale_lr: float = 4e-3
     weight_scale_lr: float = 0.0
@@ -80,6 +83,8 @@ class Reconstruct:
                 "Reconstruction needs steps >= 0, batch_size >= 1, images >= 1 and lr > 0; got "
                 f"{self.steps}, {self.batch_size}, {self.images} and {self.lr}."
             )
+        if self.mixes < 0:
+            raise UserError(f"mixes is how many sets of blended images to add, 0 or more; got {self.mixes}.")
         if not 0 <= self.drop < 1:
             raise UserError(f"drop is a probability below 1; got {self.drop}.")
 
@@ -109,7 +114,8 @@ class Reconstruct:
         checkpoint: Checkpoint,
     ) -> None:
         require_fixed_grids(student, "Reconstruction")
-        images = source.sample(self.images).images
+        images, blending = source.sample(self.images).images, stream(seed, "mixes")
+        images = torch.cat([images, *(mixed(images, blending) for _ in range(self.mixes))])
         if len(images) < self.batch_size:
             raise UserError(
                 f"The batch size {self.batch_size} is larger than the {len(images)} images to reconstruct on. "
