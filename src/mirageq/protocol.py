@@ -92,12 +92,13 @@ class Protocol:
     def sentences(self) -> str:
         """The protocol in words, for people."""
         scheme, tuner = self.recipe["scheme"], self.recipe["tuner"]
-        placement, ends = scheme["placement"], scheme.get("first_last_bits")
+        placement, ends, residual = (scheme.get(key) for key in ("placement", "first_last_bits", "residual_bits"))
         return (
             f"Network {self.network} (weights {self.weights_sha256[:12]}), full precision {self.full_precision:.2f} % "
             f"top-1 on {self.count:,} images of {self.data} ({self.data_sha256[:12]}).\n"
             f"Quantized (`{placement}`): {PLACES[placement]}; "
-            f"first and last layer at {f'{ends} bits' if ends else 'the same bits'}.\n"
+            f"first and last layer at {f'{ends} bits' if ends else 'the same bits'}"
+            f"{f', activations that only sums or pooling read at {residual} bits' if residual else ''}.\n"
             f"Static ranges: weights {scheme['weight_range']}, activations {scheme['activation_range']} on "
             f"{self.recipe['calibration_images']} of the method's {self.recipe['images']} images.\n"
             f"Tuning: {_in_words(tuner)}.\nEvery figure is {self.selection}."

@@ -146,6 +146,14 @@ def test_first_and_last_bits():
     assert placed(TinyResNet(), "deploy").activation_quantizers["image"].bits == 8
 
 
+def test_residual_bits_are_for_what_no_layer_reads():
+    settings = {"activation_bits": 3, "first_last_bits": 4, "residual_bits": 7}
+    bits = {name: part.bits for name, part in placed(TinyResNet(), **settings).activation_quantizers.items()}
+    assert bits == {"image": 8, "conv1": 3, "conv2": 7, "conv2.add": 3, "conv3": 7, "conv3.mean": 4}
+    paper = placed(TinyResNet(), "paper", **settings).activation_quantizers
+    assert {name: part.bits for name, part in paper.items()} == {"conv1": 3, "conv2.add": 3, "conv3": 4}
+
+
 def test_padded_shortcuts_share_the_grid_of_their_source():
     student = placed(Net(lambda net, x: net.conv2(F.pad(x.relu()[:, :, ::2], (2, 2)))))
     (rounding,) = student.network.graph.find_nodes(op="call_module", target="bias_quantizers.conv2_bias")

@@ -32,6 +32,7 @@ def test_bits_out_of_range(text, what):
         ({"activation_bits": 16}, "activation_bits must be a whole number from 2 to 8; got 16"),
         ({"activation_bits": None}, "activation_bits .* got None"),
         ({"first_last_bits": 9}, "first_last_bits .* got 9"),
+        ({"residual_bits": 0}, "residual_bits .* got 0"),
         ({"weight_bits": 4.0}, "weight_bits .* got 4.0"),
         ({"placement": "deplyo"}, "Unknown placement 'deplyo'; did you mean 'deploy'"),
         ({"weight_range": "ema"}, "Unknown weight_range 'ema'"),

@@ -6,9 +6,9 @@
     bias        DequantizeLinear(int32 initialiser, s_x * s_w)
 
 A code of k < 8 bits lies in an 8-bit container; the clip keeps it in its k bits. ONNX Runtime, OpenVINO and TensorRT
-each fuse such pairs around an operation into its integer kernel. OpenVINO moves scales through the graph before that, and
-where it fuses a convolution with the sum behind it, the convolution's own codes are clipped but no longer rounded: of
-500 images at 4 bits 5 % then change class, and none (ResNet-20) where it finds plain Div, Round, Clip and Mul.
+each fuse such pairs around an operation into its integer kernel. OpenVINO moves scales through the graph before that,
+and where it fuses a convolution with the sum behind it, the convolution's own codes are clipped but no longer rounded:
+of 500 images at 4 bits 5 % then change class, and none (ResNet-20) where it finds plain Div, Round, Clip and Mul.
 """
 
 # fx types an argument of a node as a union of everything:

@@ -64,7 +64,8 @@ def convert(network: GraphModule, scheme: Scheme) -> Student:
     planned = plan(graph, scheme.placement)
     reads = {layer: (layer.args[0], stored_bias(layer)) for layer in layers}  # before quantizers come between
 
-    paths = _quantize_activations(module, planned, scheme, feeding(last.args[0], planned))
+    read = {feeding(source, planned) for source, _ in reads.values()}
+    paths = _quantize_activations(module, planned, scheme, read, feeding(last.args[0], planned))
     scales = _quantize_weights(module, layers, scheme, {layers[0].args[1].target, last.args[1].target})
     if scheme.placement == "deploy":
         _round_biases(module, reads, planned, paths, scales)
@@ -77,9 +78,9 @@ def convert(network: GraphModule, scheme: Scheme) -> Student:
 
 
 def _quantize_activations(
-    module: GraphModule, planned: Plan, scheme: Scheme, last_input: Node | None
+    module: GraphModule, planned: Plan, scheme: Scheme, read: set[Node | None], last_input: Node | None
 ) -> dict[Node, str]:
-    """Put a quantizer after each planned node; returns node -> the quantizer's path."""
+    """Put a quantizer after each planned node; returns node -> the quantizer's path. `read`: by layers."""
     paths = {}
     for name, node in planned.quantized.items():
         bits = scheme.activation_bits
@@ -87,6 +88,8 @@ def _quantize_activations(
             bits = IMAGE_BITS
         elif node is last_input and scheme.first_last_bits is not None:
             bits = scheme.first_last_bits
+        elif node not in read and scheme.residual_bits is not None:
+            bits = scheme.residual_bits
         symmetric, learned = scheme.symmetric_activations, scheme.learned_steps
         quantizer = ActivationQuantizer(name, bits, symmetric, scheme.clip_gradient, learned)
         paths[node] = _add(module, "activation_quantizers", name, quantizer)

@@ -24,6 +24,8 @@ class Scheme:
         weight_bits: 2..8, per output channel.
         activation_bits: 2..8, per tensor.
         first_last_bits: bits of the first and last layers' weights and of the last layer's input; None: as the rest.
+        residual_bits: bits of activations that no convolution or linear layer reads, only sums, products or pooling;
+            None: as the rest. A runtime keeps them in 8 bits whatever they hold; published results leave them in float.
         placement: "paper" quantizes weights and the outputs of activation functions, as IntraQ, GDFQ and their family
             report it; "deploy" quantizes every tensor that an integer runtime touches, with BatchNorm folded away,
             the image in 8 bits and biases in int32.
@@ -51,6 +53,7 @@ class Scheme:
     weight_bits: int = 4
     activation_bits: int = 4
     first_last_bits: int | None = None
+    residual_bits: int | None = None
     placement: Placement = "paper"
     weight_symmetric: bool | None = None
     activation_symmetric: bool | None = None
@@ -63,9 +66,9 @@ class Scheme:
     learned_steps: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("weight_bits", "activation_bits", "first_last_bits"):
+        for name in ("weight_bits", "activation_bits", "first_last_bits", "residual_bits"):
             bits = getattr(self, name)
-            if not (name == "first_last_bits" and bits is None):
+            if name in ("weight_bits", "activation_bits") or bits is not None:
                 _check_bits(name, bits)
         check_choices(self)
         for name, hint in get_type_hints(Scheme).items():
