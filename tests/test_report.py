@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mirageq.images import Batch
-from mirageq.report import contact_sheet, loss_curves, to_pixels
+from mirageq.report import contact_sheet, loss_curves, to_pixels, write_comparison
 
 
 def test_pixels_undo_the_normalisation_and_stay_in_range():
@@ -53,3 +53,12 @@ def test_generators_and_reconstruction_have_curves_of_their_own(tmp_path, monkey
     monkeypatch.setattr(report, "_draw", lambda axis, title, stages: titles.append(title))
     loss_curves(tmp_path / "history.jsonl", tmp_path / "curves.png")
     assert titles == ["the generator's warm-up", "reconstruction, block by block", "tuning"]
+
+
+@pytest.mark.parametrize(("images", "drawn"), [(3, False), (30, True)])
+def test_features_of_few_images_of_many_classes(tmp_path, images, drawn):
+    labels = torch.randperm(1000, generator=torch.Generator().manual_seed(0))[:images]
+    features = {"first": Batch(torch.randn(images, 6), labels), "second": Batch(torch.randn(images, 6), labels + 1000)}
+    written = write_comparison(None, [], tmp_path, features)
+    assert written == ([tmp_path / "features.png"] if drawn else [])
+    assert (tmp_path / "features.png").exists() == drawn

@@ -20,6 +20,9 @@ import matplotlib.pyplot as plt
 
 Curves = dict[str, dict[str, list[tuple[int, float]]]]
 
+DRAWN_CLASSES = 10
+FEWEST_POINTS = 10  # for a picture of features
+
 
 def to_pixels(images: Tensor, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> Tensor:
     """Normalised images (N, C, H, W) -> pixels in [0, 1]: exact where the normalisation is known, else stretched."""
@@ -77,6 +80,8 @@ def loss_curves(history: Path, path: Path) -> None:
 def write_comparison(protocol: Protocol, rows: list[Row], folder: Path, features: dict[str, Batch]) -> list[Path]:
     """Write a comparison's `table.md`, `table.json`, `accuracy.png` and `features.png`, as far as there is a row.
 
+    There is no picture of features of fewer than `FEWEST_POINTS` images.
+
     Returns the paths written.
     """
     written = []
@@ -85,9 +90,10 @@ def write_comparison(protocol: Protocol, rows: list[Row], folder: Path, features
         written[0].write_text(page(protocol, rows))
         written[1].write_text(json.dumps(summary(rows), indent=2) + "\n")
         accuracy_plot(rows, written[2])
-    if features:
+    shown = _most_frequent_classes(features, DRAWN_CLASSES)
+    if sum(len(batch.labels) for batch in shown.values()) >= FEWEST_POINTS:
         written.append(folder / "features.png")
-        feature_map(features, written[-1])
+        feature_map(shown, written[-1])
     return written
 
 
@@ -113,13 +119,12 @@ def accuracy_plot(rows: list[Row], path: Path) -> None:
     plt.close(figure)
 
 
-def feature_map(features: dict[str, Batch], path: Path, *, classes: int = 10) -> None:
+def feature_map(shown: dict[str, Batch], path: Path) -> None:
     """Write a PNG of penultimate features in two dimensions, a panel for each method and a colour for each class.
 
     The axes are the same in all panels: the two directions along which the class means of all panels spread most.
-    Only the first `classes` classes are drawn.
+    Labels are below `DRAWN_CLASSES`.
     """
-    shown = {name: _only(batch, classes) for name, batch in features.items()}
     directions = {name: torch.nn.functional.normalize(batch.images, dim=1) for name, batch in shown.items()}
     means = [
         directions[name][batch.labels == c].mean(0) for name, batch in shown.items() for c in batch.labels.unique()
@@ -134,7 +139,7 @@ def feature_map(features: dict[str, Batch], path: Path, *, classes: int = 10) ->
     )
     for axis, (name, batch) in zip(axes.flat, shown.items(), strict=False):
         places = (directions[name] - middle) @ plane.T
-        axis.scatter(*places.T.tolist(), c=batch.labels.tolist(), cmap="tab10", s=6, vmin=0, vmax=classes - 1)
+        axis.scatter(*places.T.tolist(), c=batch.labels.tolist(), cmap="tab10", s=6, vmin=0, vmax=DRAWN_CLASSES - 1)
         axis.set_title(name, fontsize=9)
     for axis in list(axes.flat)[len(shown) :]:
         axis.set_axis_off()
@@ -143,9 +148,18 @@ def feature_map(features: dict[str, Batch], path: Path, *, classes: int = 10) ->
     plt.close(figure)
 
 
-def _only(batch: Batch, classes: int) -> Batch:
-    kept = batch.labels < classes
-    return Batch(batch.images[kept], batch.labels[kept])
+def _most_frequent_classes(features: dict[str, Batch], classes: int) -> dict[str, Batch]:
+    """The features of the classes that most images have, with labels from 0 on; without the methods that have none."""
+    if not features:
+        return {}
+    counts = torch.bincount(torch.cat([batch.labels for batch in features.values()]))
+    chosen = counts.argsort(descending=True, stable=True)[:classes].sort().values
+    shown = {}
+    for name, batch in features.items():
+        kept = torch.isin(batch.labels, chosen)
+        if kept.any():
+            shown[name] = Batch(batch.images[kept], torch.searchsorted(chosen, batch.labels[kept]))
+    return shown
 
 
 def _draw(axis: plt.Axes, title: str, stages: dict[str, dict[str, list[tuple[int, float]]]]) -> None:
