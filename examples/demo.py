@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -51,15 +52,7 @@ def compare(choice: NetworkChoice, wanted: Recipe, out: Path, console: Console) 
     console.print("\n[bold]3. The same without tuning, and with noise instead of images[/]")
     untuned = convert(teacher.network, wanted.scheme)
     calibrate(untuned, run.images(), wanted.calibration_images)
-    noise = quantize(
-        teacher,
-        Noise(),
-        scheme=wanted.scheme,
-        tuner=wanted.tuner,
-        images=wanted.images,
-        calibration_images=wanted.calibration_images,
-        journal=journal,
-    ).student
+    noise = quantize(teacher, **vars(replace(wanted, method=Noise())), journal=journal).student
 
     size = result.student.size()
     table = Table(title=f"agreement with full precision on {HELD_OUT} held-out synthetic images", title_justify="left")
