@@ -80,5 +80,5 @@ def dropping(quantized: Tensor, full: Tensor, drop: float, generator: torch.Gene
 
     Drawn on the CPU, for the same numbers on every device; `lerp` because `where` is thirty times slower there.
     """
-    dropped = torch.rand(full.shape, generator=generator).lt_(drop).to(full.device)
+    dropped = torch.rand(full.shape, generator=generator).lt_(drop).to(full)
     return torch.lerp(quantized, full, dropped)
