@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule
 
 from mirageq.augment import mixed
@@ -190,7 +190,7 @@ class Reconstruct:
         device = next(network.parameters()).device
         for step in range(self.steps):
             chosen = torch.randint(len(quantized), (self.batch_size,), generator=generator)
-            x = self._mixed_input(quantized.take(chosen), full.take(chosen), generator).to(device)
+            x = dropping(quantized.take(chosen), full.take(chosen), self.drop, generator).to(device)
             loss = (run(x) - target.take(chosen).to(device)).square().flatten(1).sum(1).mean() / _sites(target)
             decided = step / self.steps
             if decided >= 0.2:
@@ -226,12 +226,6 @@ class Reconstruct:
         for node, soft in {**weights, **activations}.items():
             run.set_submodule(node.target, soft)
         return weights, activations
-
-    def _mixed_input(self, quantized: Tensor, full: Tensor, generator: torch.Generator) -> Tensor:
-        """The block's input, each number in full precision with probability `drop`."""
-        if not self.drop:
-            return quantized
-        return dropping(quantized, full, self.drop, generator)
 
 
 def _sites(cache: Cache) -> int:

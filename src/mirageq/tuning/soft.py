@@ -66,8 +66,6 @@ class DroppingActivation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         scale = self.scale.clamp(min=SMALLEST_SCALE)
         quantized = learned_fake_quantize(x, scale, self.zero_point, *self.bounds)  # type: ignore[arg-type]
-        if not self.drop:
-            return quantized
         return dropping(quantized, x, self.drop, self.generator)
 
     @torch.no_grad()
@@ -80,5 +78,7 @@ def dropping(quantized: Tensor, full: Tensor, drop: float, generator: torch.Gene
 
     Drawn on the CPU, for the same numbers on every device; `lerp` because `where` is thirty times slower there.
     """
+    if not drop:
+        return quantized
     dropped = torch.rand(full.shape, generator=generator).lt_(drop).to(full)
     return torch.lerp(quantized, full, dropped)
