@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 
 from mirageq.cli import main
+from mirageq.memory import keep_freed_memory
 
 
 def run() -> None:
+    keep_freed_memory()
     sys.exit(main())
 
 

@@ -1,0 +1,24 @@
+"""Memory of a process of our own: the command line's, not that of a program which imports this package."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+TRIM_THRESHOLD, MMAP_MAX = -1, -4  # of glibc's <malloc.h>
+LARGEST_INT = 2**31 - 1
+
+
+def keep_freed_memory() -> bool:
+    """Let the C library keep what is freed instead of handing it back; whether it does.
+
+    A freed tensor of some megabytes otherwise goes back to the system, and the next one is faulted in page by page: up
+    to a third of the time of tuning 224 x 224 images on a CPU. Costs a tenth more memory. For glibc alone, where the
+    two settings are known.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "gnu_get_libc_version"):
+        return False
+    return bool(library.mallopt(MMAP_MAX, 0) and library.mallopt(TRIM_THRESHOLD, LARGEST_INT))
