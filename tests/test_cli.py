@@ -280,6 +280,13 @@ def test_a_missing_model_or_output_is_told(capsys):
     assert "needs a MODEL and --out FOLDER" in capsys.readouterr().err
 
 
+def test_a_student_tuned_on_smaller_images_is_proved_at_the_networks_size(tmp_path, capsys):
+    assert quantize(tmp_path / "run", "--set", "method.image_size=8") == 0
+    out = ["--out", str(tmp_path / "model.onnx"), "--runtimes", "onnxruntime", "--threads", "1"]
+    assert cli.main(["export", str(tmp_path / "run"), *out]) == 0
+    assert "same class" in capsys.readouterr().out
+
+
 def test_export_writes_a_proved_file_and_says_what_it_is(finished, tmp_path, capsys):
     out = tmp_path / "model.onnx"
     assert cli.main(["export", str(finished), "--out", str(out), "--runtimes", "onnxruntime", "--threads", "1"]) == 0

@@ -5,7 +5,8 @@ import torch
 
 from mirageq import IntraQ, Teacher, UserError, ZeroQ
 from mirageq.journal import Journal
-from mirageq.paint import Descent, cosine, paint
+from mirageq.methods.genie import Genie
+from mirageq.paint import Canvas, Descent, cosine, paint
 from mirageq.testing import SHAPE, TinyResNet
 
 TARGET = torch.linspace(-1, 1, 3 * 4 * 4).view(1, 3, 4, 4)
@@ -78,3 +79,20 @@ def test_a_loss_that_is_not_finite_is_told():
 def test_settings_that_make_no_sense_are_told(settings, message):
     with pytest.raises(UserError, match=message):
         Descent(**settings)
+
+
+@pytest.mark.parametrize("method", [IntraQ, Genie])
+def test_images_may_be_smaller_than_the_networks(method):
+    teacher = Teacher.wrap(TinyResNet(), SHAPE)
+    source = method(iterations=2, batch_size=4, image_size=8).synthesize(teacher, 4)
+    assert source.sample(4).images.shape == (4, 3, 8, 8)
+
+
+@pytest.mark.parametrize("size", [8, 1000])
+def test_a_network_of_one_size_says_so(size):
+    teacher = Teacher.wrap(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, 5)), SHAPE)
+    with pytest.raises(UserError, match=f"takes images of 16 x 16 pixels and none of {size} x {size}. Leave method"):
+        Canvas(teacher, 4, Descent(image_size=size), 0, Journal())
+    assert Canvas(teacher, 4, Descent(image_size=16), 0, Journal()).image_shape == SHAPE
+    with pytest.raises(UserError, match="image_size is a number of pixels; got 0"):
+        Descent(image_size=0)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as Grid
@@ -139,7 +140,8 @@ def _proving_images(options: argparse.Namespace, run: Run, teacher: Teacher) -> 
         from mirageq.methods.real import Real
 
         return Real(path=str(options.data)).synthesize(teacher, options.images).sample(options.images).images
-    return run.images().sample(options.images).images
+    images = run.images().sample(options.images).images
+    return F.interpolate(images, teacher.image_shape[1:]) if images.shape[1:] != teacher.image_shape else images
 
 
 def _pack(options: argparse.Namespace) -> None:

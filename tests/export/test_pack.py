@@ -49,6 +49,13 @@ def test_pixels_give_the_networks_input_back_where_they_can_show_it(pack, batch)
     assert pack.labels.tolist() == batch.labels.tolist()
 
 
+def test_images_of_another_size_are_no_pack(teacher, tmp_path):
+    small = Batch(torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.long))
+    with pytest.raises(UserError, match=r"shape \(3, 8, 8\), and other tools feed the network \(3, 16, 16\). Paint"):
+        write_pack(small, teacher, tmp_path / "pack", {})
+    assert not (tmp_path / "pack").exists()
+
+
 def test_a_run_becomes_a_pack_an_array_and_a_folder(tmp_path, capsys):
     network = ["py:mirageq.testing:TinyResNet", "--image-shape", "3,16,16", "--mean", "0.5,0.5,0.5"]
     run = [*network, "--std", "0.25,0.25,0.25", "--method", "noise", "--count", "12", "--out", str(tmp_path / "run")]

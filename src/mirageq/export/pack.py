@@ -75,8 +75,15 @@ def write_pack(batch: Batch, teacher: Teacher, folder: Path, made_by: dict[str, 
     """Write normalised images as a pack in a new or empty folder.
 
     Raises:
-        UserError: the normalisation is unknown, or the folder holds something or cannot be written.
+        UserError: the normalisation is unknown, the images are not of the network's size, or the folder holds something
+            or cannot be written.
     """
+    shape = tuple(batch.images.shape[1:])
+    if shape != teacher.image_shape:
+        raise UserError(
+            f"These images have the shape {shape}, and other tools feed the network "
+            f"{teacher.image_shape}. Paint them without method.image_size."
+        )
     if teacher.mean is None or teacher.std is None:
         raise UserError("Pixels follow from the network's normalisation, which is unknown; give its mean and std.")
     check_folder(folder)

@@ -63,7 +63,7 @@ class Genie(Descent):
         shape = GeneratorTraining(latent=self.latent, width=self.width)
         for part in canvas.parts():
             size = part.stop - part.start
-            network = Generator.drawn(1, teacher.image_shape, shape, part.stream("generator")).to(teacher.device)
+            network = Generator.drawn(1, canvas.image_shape, shape, part.stream("generator")).to(teacher.device)
             latents = torch.randn(size, self.latent, generator=part.stream("latents")).to(teacher.device)
             labels = torch.zeros(size, dtype=torch.long, device=teacher.device)
             learning = [
