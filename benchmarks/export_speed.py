@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("networks", nargs="+")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--count", type=int, default=500)
+    parser.add_argument("--runtimes", nargs="+", default=["onnxruntime", "openvino"])
     options = parser.parse_args()
     for name in options.networks:
         teacher, images = network_and_images(name, options.count)
@@ -41,7 +42,7 @@ def main() -> None:
             scheme = {"weight_range": "mse", "activation_range": "mse", "placement": "deploy", "first_last_bits": 8}
             student = convert(teacher.network, Scheme(weight_bits=bits, activation_bits=bits, **scheme))
             student.calibrate(images[:64].split(16))
-            for runtime in ("onnxruntime", "openvino"):
+            for runtime in options.runtimes:
                 row = {"network": name, "bits": f"w{bits}a{bits}", "threads": options.threads}
                 row |= measure(student, teacher, images, runtime, options.threads)
                 print(json.dumps(row, indent=1), flush=True)

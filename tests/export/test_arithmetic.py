@@ -1,4 +1,4 @@
-"""The rounding of ONNX Runtime's kernels, against the kernels themselves."""
+"""The rounding of integer kernels, against the kernels themselves."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import torch
 from torch import nn
 
 from mirageq import Scheme, Teacher
-from mirageq.export.arithmetic import _AfterProduct, _AfterSum, in_double, in_kernel_arithmetic
+from mirageq.export import export_student
+from mirageq.export.arithmetic import in_double, in_kernel_arithmetic
+from mirageq.export.kernels import KERNELS, OrtProduct, OrtSum
+from mirageq.export.verify import open_file
 from mirageq.graph import capture
 from mirageq.quant import convert
 from mirageq.quant.quantizers import ActivationQuantizer
@@ -52,7 +55,7 @@ def test_a_sum_of_any_two_codes_is_rounded_as_the_kernel_rounds_it(seed):
     values = [
         (torch.tensor(codes.astype(np.float64)) - q.zero_point) * q.scale for codes, q in ((a, first), (b, second))
     ]
-    got = _AfterSum(last, first, second)(*values)
+    got = OrtSum(last, first, second)(*values)
     assert np.array_equal(torch.round(got / last.scale + last.zero_point).numpy(), expected)
 
 
@@ -66,8 +69,25 @@ def test_an_accumulator_is_rounded_as_the_kernel_rounds_it():
     real = torch.nn.functional.conv2d(torch.tensor(x * 1.0), torch.tensor(weight * 1.0))
     real = real * float(scale) * torch.tensor(steps).double().view(1, -1, 1, 1)
     last = quantizer(float(wide), 117)
-    got = _AfterProduct(last, torch.tensor(scale), torch.tensor(steps), False)(real)
+    got = OrtProduct(last, torch.tensor(scale), torch.tensor(steps), torch.zeros(16), False)(real)
     assert np.array_equal(torch.round(got / last.scale + last.zero_point).numpy(), expected)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_openvino_rounds_as_its_kernels_are_written_here(bits, tmp_path):
+    pytest.importorskip("openvino")
+    torch.manual_seed(0)
+    teacher = Teacher.wrap(TinyResNet(), (3, 32, 32))
+    student = convert(teacher.network, Scheme(weight_bits=bits, activation_bits=bits, placement="deploy"))
+    images = torch.randn(200, 3, 32, 32)
+    student.calibrate([images])
+    export_student(student, teacher, tmp_path / "model.onnx", profile="openvino")
+    got = open_file(tmp_path / "model.onnx", "openvino", 1)(images.numpy())
+    with torch.no_grad():
+        expected = in_kernel_arithmetic(student, "openvino")(images.double()).numpy()
+    exact = np.abs(got - expected).max(1) <= 1e-4 * np.abs(expected).max()
+    assert exact.mean() >= 0.99
+    assert (got.argmax(1) == expected.argmax(1)).all()
 
 
 @pytest.mark.parametrize("placement", ["paper", "deploy"])
@@ -83,7 +103,7 @@ def test_both_copies_keep_the_students_codes(placement):
         assert torch.equal(quantizer.codes(weight).double(), torch.round(copied / scale) + zero_point)
     with torch.no_grad():
         expected = student(images)
-        for copied in (exact, in_kernel_arithmetic(student)):
+        for copied in (exact, *(in_kernel_arithmetic(student, runtime) for runtime in KERNELS)):
             close = (copied(images.double()) - expected).abs().amax(1) <= 1e-4 * expected.abs().max()
             assert close.double().mean() >= 0.9  # the others hold a value in the middle of two codes
     assert next(student.parameters()).dtype == torch.float32

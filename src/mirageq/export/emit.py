@@ -1,14 +1,13 @@
 """A student's graph with its quantizers replaced by the ONNX operations that compute the same integers.
 
     weight      DequantizeLinear(integer initialiser, scale, zero point), per output channel
-    activation  QuantizeLinear -> Clip (below 8 bits) -> DequantizeLinear, per tensor; below 8 bits for OpenVINO the
-                same rounding in float operations
+    activation  QuantizeLinear -> Clip (below 8 bits) -> DequantizeLinear, per tensor
     bias        DequantizeLinear(int32 initialiser, s_x * s_w)
 
 A code of k < 8 bits lies in an 8-bit container; the clip keeps it in its k bits. ONNX Runtime, OpenVINO and TensorRT
-each fuse such pairs around an operation into its integer kernel. OpenVINO moves scales through the graph before that,
-and where it fuses a convolution with the sum behind it, the convolution's own codes are clipped but no longer rounded:
-of 500 images at 4 bits 5 % then change class, and none (ResNet-20) where it finds plain Div, Round, Clip and Mul.
+each fuse such pairs around an operation into its integer kernel. Where OpenVINO fuses a convolution with the sum behind
+it, the convolution's own codes are clipped but no longer rounded; for it they are written as Div, Round, Clip and Mul,
+which it keeps, behind the same integer kernel.
 """
 
 # fx types an argument of a node as a union of everything:
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from mirageq.errors import UserError
-from mirageq.graph import stored
+from mirageq.graph import WEIGHTED, stored
 from mirageq.quant import Student
 from mirageq.quant.fake_quant import grid
 from mirageq.quant.operations import CLAMPS, kind, limits
@@ -42,8 +41,8 @@ class Profile:
         symmetric: activations must be signed with zero point 0.
         fewest_bits: of an activation.
         integer_bias: biases as int32 in steps of the accumulator; otherwise their rounded values in float.
-        narrow_codes: activations below 8 bits as integers in a wider container; otherwise rounded in float operations,
-            as slow as float and exact where the runtime would rewrite the integers.
+        rounds_before_sums: a layer's output that a sum reads is rounded in float operations, because the runtime would
+            leave it unrounded.
     """
 
     name: str
@@ -51,12 +50,12 @@ class Profile:
     symmetric: bool = False
     fewest_bits: int = 2
     integer_bias: bool = True
-    narrow_codes: bool = True
+    rounds_before_sums: bool = False
 
 
 PROFILES = {
     "ort": Profile("ort", "onnxruntime"),
-    "openvino": Profile("openvino", "openvino", narrow_codes=False),
+    "openvino": Profile("openvino", "openvino", rounds_before_sums=True),
     "tensorrt": Profile("tensorrt", None, symmetric=True, fewest_bits=8, integer_bias=False),
 }
 
@@ -85,7 +84,8 @@ def integer_network(student: Student, profile: Profile) -> GraphModule:
                     _replace(network, reader, integer, f"weight_{node.name}")
         elif isinstance(part, ActivationQuantizer):
             _leave_clamp_to_grid(node, part)
-            network.set_submodule(node.target, _activation(part, profile))
+            in_float = profile.rounds_before_sums and feeds_sum(node.args[0], node)
+            network.set_submodule(node.target, (_RoundedActivation if in_float else _IntegerActivation)(part))
     graph.eliminate_dead_code()
     graph.lint()
     return GraphModule(network, graph).eval()
@@ -127,6 +127,11 @@ def _leave_clamp_to_grid(node: Node, quantizer: ActivationQuantizer) -> None:
         node.update_arg(0, clamp.args[0])
 
 
+def feeds_sum(source: Node, quantizer: Node) -> bool:
+    """Whether what lies between a layer and its only reader, a sum, is this quantizer; `source` is what it rounds."""
+    return source.target in WEIGHTED and [kind(reader) for reader in quantizer.users] == ["add"]
+
+
 def saturates(clamp: Node, quantizer: ActivationQuantizer) -> bool:
     """Whether a quantizer's grid ends where a clamp before it cuts, or earlier."""
     scale, zero_point = float(quantizer.scale), float(quantizer.zero_point)  # type: ignore[arg-type]
@@ -152,11 +157,6 @@ def _symbolic(
         operation, inputs, attributes, dtype=dtype, shape=like.shape, version=OPSET
     )
     return result
-
-
-def _activation(quantizer: ActivationQuantizer, profile: Profile) -> nn.Module:
-    narrow = quantizer.bits < 8 and not profile.narrow_codes
-    return _RoundedActivation(quantizer) if narrow else _IntegerActivation(quantizer)
 
 
 class _RoundedActivation(nn.Module):
