@@ -13,8 +13,8 @@ def keep_freed_memory() -> bool:
     """Let the C library keep what is freed instead of handing it back; whether it does.
 
     A freed tensor of some megabytes otherwise goes back to the system, and the next one is faulted in page by page: up
-    to a third of the time of tuning 224 x 224 images on a CPU. Costs a tenth more memory. For glibc alone, where the
-    two settings are known.
+    to a third of the time of tuning 224 x 224 images on a CPU. Costs up to a fifth more memory. For glibc alone, where
+    the two settings are known.
     """
     if not sys.platform.startswith("linux"):
         return False

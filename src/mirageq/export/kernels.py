@@ -1,7 +1,7 @@
 """How integer kernels round: the same sums of integers, brought to codes in float32 in another order each.
 
-Found by comparing each runtime with candidates, layer by layer, where a code lies in the middle of two (ONNX Runtime 1.31.1, OpenVINO 2026.4.1,
-on a CPU with VNNI instructions).
+Found by comparing each runtime with candidates, layer by layer, where a code lies in the middle of two (ONNX Runtime
+1.31.1, OpenVINO 2026.4.1, on a CPU with VNNI instructions).
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Rounding(nn.Module):
         return (codes.double().clamp(self.low, self.high) - self.zero_point) * self.scale
 
 
-class OrtProduct(Rounding):
-    """Of a convolution or linear layer: float32(accumulator) * float32(s_x s_w / s_y).
+class Product(Rounding):
+    """After a convolution or linear layer.
 
     Args:
         x: () float32, scale of the layer's input.
@@ -45,84 +45,100 @@ class OrtProduct(Rounding):
     ) -> None:
         super().__init__(quantizer)
         self.channels_last = channels_last
-        self.step = x.double() * weight.double()
-        self.float_step = x * weight
+        self.step, self.float_step = x.double() * weight.double(), x * weight
         self.bias = torch.round(bias / self.step)
 
     def forward(self, y: Tensor) -> Tensor:
         """A layer's output (N, O, ...) float64, on the quantizer's grid."""
-        accumulator = torch.round(y / self._along(y, self.step)).float()
-        ratio = self.float_step / self.scale.float()
-        return self.on_grid(torch.round(accumulator * self._along(y, ratio)) + self.zero_point)
+        step, float_step, bias = (
+            values if self.channels_last else values.view(-1, *[1] * (y.dim() - 2))
+            for values in (self.step, self.float_step, self.bias)
+        )
+        return self.on_grid(self.codes(torch.round(y / step) - bias, bias, float_step))
 
-    def _along(self, y: Tensor, values: Tensor) -> Tensor:
-        """(O,) shaped to go with `y`."""
-        return values.view(-1) if self.channels_last else values.view(-1, *[1] * (y.dim() - 2))
-
-    def _parts(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The accumulator without its bias, and the bias, both in float32 steps."""
-        bias = self._along(y, self.bias)
-        return (torch.round(y / self._along(y, self.step)) - bias).float(), bias.float()
+    def codes(self, products: Tensor, bias: Tensor, step: Tensor) -> Tensor:
+        """From integers, the sum of products (N, O, ...) and the bias (O, ...), and their step (O, ...) float32."""
+        raise NotImplementedError
 
 
-class OrtSum(Rounding):
-    """Of two tensors of codes: fma(a, s_a / s_y, fma(b, s_b / s_y, offset)), each rounded to float32 once."""
+class Sum(Rounding):
+    """After the sum of two tensors on the grids of `a` and `b`."""
 
     def __init__(
         self, quantizer: ActivationQuantizer, a: ActivationQuantizer | Rounding, b: ActivationQuantizer | Rounding
     ) -> None:
         super().__init__(quantizer)
-        self.a, self.b = _scale_and_zero_point(a), _scale_and_zero_point(b)
+        self.scales = [_tensor(part.scale) for part in (a, b)]
+        self.zero_points = [_tensor(part.zero_point) for part in (a, b)]
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        first, second = (scale.float() / self.scale.float() for scale, _ in (self.a, self.b))
-        total = self.zero_point.float() - fused(first, self.a[1], second * self.b[1].float())
-        total = fused(second, torch.round(y / self.b[0]) + self.b[1], total)
-        total = fused(first, torch.round(x / self.a[0]) + self.a[1], total)
-        return self.on_grid(torch.round(total))
+        """Two tensors (N, ...) float64, as one on the quantizer's grid."""
+        return self.on_grid(self.codes(torch.round(x / self.scales[0]), torch.round(y / self.scales[1])))
+
+    def codes(self, a: Tensor, b: Tensor) -> Tensor:
+        """From the codes of both, (N, ...) float64 without their zero points."""
+        raise NotImplementedError
 
 
-def _scale_and_zero_point(part: ActivationQuantizer | Rounding) -> tuple[Tensor, Tensor]:
-    scale, zero_point = part.scale, part.zero_point
-    assert isinstance(scale, Tensor)
-    assert isinstance(zero_point, Tensor)
-    return scale.detach().double(), zero_point.double()
+class OrtProduct(Product):
+    """float32(accumulator) * float32(s_x s_w / s_y)."""
+
+    def codes(self, products: Tensor, bias: Tensor, step: Tensor) -> Tensor:
+        """As in `Product`."""
+        return torch.round((products + bias).float() * (step / self.scale.float())) + self.zero_point
 
 
-class OpenvinoProduct(OrtProduct):
-    """The bias is added in float; the grid is kept as its ends, and the zero point lies inside the rounding."""
+class OrtSum(Sum):
+    """fma(a, s_a / s_y, fma(b, s_b / s_y, offset)), each rounded to float32 once."""
 
-    def forward(self, y: Tensor) -> Tensor:
-        """As in `OrtProduct`."""
-        accumulator, bias = self._parts(y)
-        step = self._along(y, self.float_step)
-        scale, zero_point = self.scale.float(), self.zero_point.float()
-        lowest, highest = ((end - zero_point) * scale for end in self.container)
-        inverse = (self.container[1] - self.container[0]) / (highest - lowest)
-        shift = self.container[0] - lowest * inverse
-        return self.on_grid(torch.round(fused(inverse, accumulator * step + bias * step, shift)))
+    def codes(self, a: Tensor, b: Tensor) -> Tensor:
+        """As in `Sum`."""
+        first, second = (scale.float() / self.scale.float() for scale in self.scales)
+        zero_a, zero_b = self.zero_points
+        total = self.zero_point.float() - fused(first, zero_a, second * zero_b.float())
+        return torch.round(fused(first, a + zero_a, fused(second, b + zero_b, total)))
 
 
-class OpenvinoRoundedProduct(OrtProduct):
+class OpenvinoProduct(Product):
+    """The bias is added in float; then as a fake quantization."""
+
+    def codes(self, products: Tensor, bias: Tensor, step: Tensor) -> Tensor:
+        """As in `Product`."""
+        return _fake_quantized(self, products.float() * step + bias.float() * step)
+
+
+class OpenvinoRoundedProduct(Product):
     """Rounded by float operations behind the kernel, whose divisor it folded into its own scale and bias."""
 
-    def forward(self, y: Tensor) -> Tensor:
-        """As in `OrtProduct`."""
-        accumulator, bias = self._parts(y)
-        step, inverse = self._along(y, self.float_step), 1 / self.scale.float()
-        steps = accumulator * (step * inverse) + (bias * step) * inverse
-        return self.on_grid(torch.round(steps) + self.zero_point)
+    def codes(self, products: Tensor, bias: Tensor, step: Tensor) -> Tensor:
+        """As in `Product`."""
+        inverse = 1 / self.scale.float()
+        steps = products.float() * (step * inverse) + (bias.float() * step) * inverse
+        return torch.round(steps) + self.zero_point
 
 
-class OpenvinoSum(OrtSum):
-    """The two values are added as they are."""
+class OpenvinoSum(Sum):
+    """The two values are added as they are; then as a fake quantization."""
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """As in `OrtSum`."""
-        first = torch.round(x / self.a[0]).float() * self.a[0].float()
-        second = torch.round(y / self.b[0]).float() * self.b[0].float()
-        inverse, zero_point = 1 / self.scale.float(), self.zero_point.float()
-        return self.on_grid(torch.round((first + second) * inverse + zero_point))
+    def codes(self, a: Tensor, b: Tensor) -> Tensor:
+        """As in `Sum`."""
+        first, second = (codes.float() * scale.float() for codes, scale in zip((a, b), self.scales, strict=True))
+        return _fake_quantized(self, first + second)
+
+
+def _fake_quantized(rounding: Rounding, values: Tensor) -> Tensor:
+    """The codes of float32 values: OpenVINO keeps a grid as its ends, and the zero point inside the rounding."""
+    scale, zero_point = rounding.scale.float(), rounding.zero_point.float()
+    lowest, highest = ((end - zero_point) * scale for end in rounding.container)
+    levels = rounding.container[1] - rounding.container[0]
+    inverse, shift = levels / (highest - lowest), -lowest * levels / (highest - lowest)
+    return torch.round(fused(inverse, values, shift)) + rounding.container[0]
+
+
+def _tensor(value: Tensor | nn.Module) -> Tensor:
+    """A buffer, for the type checker."""
+    assert isinstance(value, Tensor)
+    return value.detach().double()
 
 
 def fused(factor: Tensor, codes: Tensor, summand: Tensor) -> Tensor:
@@ -134,9 +150,9 @@ def fused(factor: Tensor, codes: Tensor, summand: Tensor) -> Tensor:
 class Kernels:
     """What a runtime rounds after products, after products that a sum reads, and after sums of two."""
 
-    product: type[OrtProduct]
-    product_before_sum: type[OrtProduct]
-    sum: type[OrtSum]
+    product: type[Product]
+    product_before_sum: type[Product]
+    sum: type[Sum]
 
 
 KERNELS = {
