@@ -34,11 +34,12 @@ def main() -> None:
     parser.add_argument("networks", nargs="+")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--count", type=int, default=500)
+    parser.add_argument("--bits", nargs="+", type=int, default=[8, 4])
     parser.add_argument("--runtimes", nargs="+", default=["onnxruntime", "openvino"])
     options = parser.parse_args()
     for name in options.networks:
         teacher, images = network_and_images(name, options.count)
-        for bits in (8, 4):
+        for bits in options.bits:
             scheme = {"weight_range": "mse", "activation_range": "mse", "placement": "deploy", "first_last_bits": 8}
             student = convert(teacher.network, Scheme(weight_bits=bits, activation_bits=bits, **scheme))
             student.calibrate(images[:64].split(16))

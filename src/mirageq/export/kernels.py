@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from mirageq.quant.fake_quant import grid
 from mirageq.quant.quantizers import ActivationQuantizer
 
+LEVELS = 255  # steps between the ends of an 8-bit container
+
 
 class Rounding(nn.Module):
     """Takes the place of a quantizer; `scale` and `zero_point` are its own."""
@@ -68,6 +70,7 @@ class Sum(Rounding):
         self, quantizer: ActivationQuantizer, a: ActivationQuantizer | Rounding, b: ActivationQuantizer | Rounding
     ) -> None:
         super().__init__(quantizer)
+        self.terms = (a, b)
         self.scales = [_tensor(part.scale) for part in (a, b)]
         self.zero_points = [_tensor(part.zero_point) for part in (a, b)]
 
@@ -100,11 +103,14 @@ class OrtSum(Sum):
 
 
 class OpenvinoProduct(Product):
-    """The bias is added in float; then as a fake quantization."""
+    """The bias is added in float; the zero point, found from the ends of the grid, lies inside the rounding."""
 
     def codes(self, products: Tensor, bias: Tensor, step: Tensor) -> Tensor:
         """As in `Product`."""
-        return _fake_quantized(self, products.float() * step + bias.float() * step)
+        lowest, highest = _ends(self)
+        shift = -lowest * LEVELS / (highest - lowest)
+        steps = fused(_inverse(self), products.float() * step + bias.float() * step, shift)
+        return torch.round(steps) + self.container[0]
 
 
 class OpenvinoRoundedProduct(Product):
@@ -118,21 +124,31 @@ class OpenvinoRoundedProduct(Product):
 
 
 class OpenvinoSum(Sum):
-    """The two values are added as they are; then as a fake quantization."""
+    """A term that is read from memory becomes a number in one multiply-add; the zero point lies inside the rounding."""
 
     def codes(self, a: Tensor, b: Tensor) -> Tensor:
         """As in `Sum`."""
-        first, second = (codes.float() * scale.float() for codes, scale in zip((a, b), self.scales, strict=True))
-        return _fake_quantized(self, first + second)
+        first, second = (self._value(index, codes) for index, codes in enumerate((a, b)))
+        return torch.round(fused(_inverse(self), first + second, self.zero_point.float()))
+
+    def _value(self, index: int, codes: Tensor) -> Tensor:
+        scale, zero_point = self.scales[index].float(), self.zero_points[index].float()
+        if isinstance(self.terms[index], OpenvinoRoundedProduct):
+            return codes.float() * scale
+        return fused(scale, codes + zero_point, -zero_point * scale)
 
 
-def _fake_quantized(rounding: Rounding, values: Tensor) -> Tensor:
-    """The codes of float32 values: OpenVINO keeps a grid as its ends, and the zero point inside the rounding."""
+def _ends(rounding: Rounding) -> tuple[Tensor, Tensor]:
+    """The smallest and largest number of the container, as OpenVINO keeps a grid."""
+    low, high = rounding.container
     scale, zero_point = rounding.scale.float(), rounding.zero_point.float()
-    lowest, highest = ((end - zero_point) * scale for end in rounding.container)
-    levels = rounding.container[1] - rounding.container[0]
-    inverse, shift = levels / (highest - lowest), -lowest * levels / (highest - lowest)
-    return torch.round(fused(inverse, values, shift)) + rounding.container[0]
+    return (low - zero_point) * scale, (high - zero_point) * scale
+
+
+def _inverse(rounding: Rounding) -> Tensor:
+    """Codes a unit, found from the ends; handed on as the step of what is written, and inverted again."""
+    lowest, highest = _ends(rounding)
+    return 1 / (1 / (LEVELS / (highest - lowest)))
 
 
 def _tensor(value: Tensor | nn.Module) -> Tensor:
