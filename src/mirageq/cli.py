@@ -135,13 +135,12 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _proving_images(options: argparse.Namespace, run: Run, teacher: Teacher) -> Tensor:
-    """Labelled images if the user gave some, else the run's own."""
+    """Labelled images if the user gave some, else the run's own, at the network's size."""
     if options.data:
         from mirageq.methods.real import Real
 
         return Real(path=str(options.data)).synthesize(teacher, options.images).sample(options.images).images
-    images = run.images().sample(options.images).images
-    return F.interpolate(images, teacher.image_shape[1:]) if images.shape[1:] != teacher.image_shape else images
+    return F.interpolate(run.images().sample(options.images).images, teacher.image_shape[1:])
 
 
 def _pack(options: argparse.Namespace) -> None:

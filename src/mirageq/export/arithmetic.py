@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from mirageq.export.emit import feeds_sum, saturates
+from mirageq.export.emit import feeds_sum, rounded_by
 from mirageq.export.kernels import KERNELS, Kernels, Rounding
 from mirageq.graph import LINEAR, WEIGHTED, stored
 from mirageq.quant import Student
-from mirageq.quant.operations import CLAMPS, keeps_grid, kind, main_input
+from mirageq.quant.operations import keeps_grid, kind, main_input
 from mirageq.quant.quantizers import ActivationQuantizer, BiasQuantizer, WeightQuantizer
 
 
@@ -53,9 +53,7 @@ def in_kernel_arithmetic(student: Student, runtime: str) -> nn.Module:
     for node in network.graph.find_nodes(op="call_module"):
         quantizer = network.get_submodule(node.target)
         if isinstance(quantizer, ActivationQuantizer):
-            source = node.args[0]
-            if kind(source) in CLAMPS and saturates(source, quantizer) and len(source.users) == 1:
-                source = source.args[0]
+            source = rounded_by(node, quantizer)
             if (rounding := _rounding(network, node, source, quantizer, kernels)) is not None:
                 network.add_submodule(f"{node.target}_rounding", rounding)
                 node.target = f"{node.target}_rounding"

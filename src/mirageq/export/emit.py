@@ -83,7 +83,7 @@ def integer_network(student: Student, profile: Profile) -> GraphModule:
                 if reader.args[1] == 0:
                     _replace(network, reader, integer, f"weight_{node.name}")
         elif isinstance(part, ActivationQuantizer):
-            _leave_clamp_to_grid(node, part)
+            node.update_arg(0, rounded_by(node, part))
             in_float = profile.rounds_before_sums and feeds_sum(node.args[0], node)
             network.set_submodule(node.target, (_RoundedActivation if in_float else _IntegerActivation)(part))
     graph.eliminate_dead_code()
@@ -116,15 +116,16 @@ def _check(student: Student, profile: Profile) -> None:
             )
 
 
-def _leave_clamp_to_grid(node: Node, quantizer: ActivationQuantizer) -> None:
-    """Skip a ReLU or ReLU6 right before a quantizer whose grid ends where it cuts: the saturation does the same.
+def rounded_by(node: Node, quantizer: ActivationQuantizer) -> Node:
+    """What a quantizer at `node` rounds: its input, or what is before a ReLU or ReLU6 that its grid makes needless.
 
-    At 8 bits runtimes find that out themselves; below, their view ends at the 8-bit container, and a clamp between a
-    convolution and its quantizer would keep the convolution in float.
+    Where the grid ends where the clamp cuts, the saturation does the same. At 8 bits runtimes find that out themselves;
+    below, their view ends at the 8-bit container, and a clamp between a convolution and its quantizer would keep the
+    convolution in float.
     """
     clamp = node.args[0]
-    if kind(clamp) in CLAMPS and len(clamp.users) == 1 and saturates(clamp, quantizer):
-        node.update_arg(0, clamp.args[0])
+    skipped = kind(clamp) in CLAMPS and len(clamp.users) == 1 and saturates(clamp, quantizer)
+    return clamp.args[0] if skipped else clamp
 
 
 def feeds_sum(source: Node, quantizer: Node) -> bool:
