@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mirageq.quant.fake_quant import grid
 from mirageq.quant.quantizers import ActivationQuantizer
 
-LEVELS = 255  # steps between the ends of an 8-bit container
+LEVELS = torch.tensor(255.0)  # steps between the ends of an 8-bit container; a plain number is divided by multiplying
 
 
 class Rounding(nn.Module):
@@ -47,19 +47,20 @@ class Product(Rounding):
     ) -> None:
         super().__init__(quantizer)
         self.channels_last = channels_last
-        self.step, self.float_step = x.double() * weight.double(), x * weight
+        self.x, self.weight = x, weight
+        self.step = x.double() * weight.double()
         self.bias = torch.round(bias / self.step)
 
     def forward(self, y: Tensor) -> Tensor:
         """A layer's output (N, O, ...) float64, on the quantizer's grid."""
-        step, float_step, bias = (
+        step, weight, bias = (
             values if self.channels_last else values.view(-1, *[1] * (y.dim() - 2))
-            for values in (self.step, self.float_step, self.bias)
+            for values in (self.step, self.weight, self.bias)
         )
-        return self.on_grid(self.codes(torch.round(y / step) - bias, bias, float_step))
+        return self.on_grid(self.codes(torch.round(y / step) - bias, bias, weight))
 
-    def codes(self, products: Tensor, bias: Tensor, step: Tensor) -> Tensor:
-        """From integers, the sum of products (N, O, ...) and the bias (O, ...), and their step (O, ...) float32."""
+    def codes(self, products: Tensor, bias: Tensor, weight: Tensor) -> Tensor:
+        """From integers, the sum of products (N, O, ...) and the bias (O, ...), and the weight's scales (O, ...)."""
         raise NotImplementedError
 
 
@@ -86,9 +87,9 @@ class Sum(Rounding):
 class OrtProduct(Product):
     """float32(accumulator) * float32(s_x s_w / s_y)."""
 
-    def codes(self, products: Tensor, bias: Tensor, step: Tensor) -> Tensor:
+    def codes(self, products: Tensor, bias: Tensor, weight: Tensor) -> Tensor:
         """As in `Product`."""
-        return torch.round((products + bias).float() * (step / self.scale.float())) + self.zero_point
+        return torch.round((products + bias).float() * (self.x * weight / self.scale.float())) + self.zero_point
 
 
 class OrtSum(Sum):
@@ -105,37 +106,37 @@ class OrtSum(Sum):
 class OpenvinoProduct(Product):
     """The bias is added in float; the zero point, found from the ends of the grid, lies inside the rounding."""
 
-    def codes(self, products: Tensor, bias: Tensor, step: Tensor) -> Tensor:
+    def codes(self, products: Tensor, bias: Tensor, weight: Tensor) -> Tensor:
         """As in `Product`."""
-        lowest, highest = _ends(self)
-        shift = -lowest * LEVELS / (highest - lowest)
-        steps = fused(_inverse(self), products.float() * step + bias.float() * step, shift)
+        ends = _ends(self)
+        step = self.x * weight
+        steps = fused(_inverse(*ends), products.float() * step + bias.float() * step, _shift(*ends))
         return torch.round(steps) + self.container[0]
 
 
 class OpenvinoRoundedProduct(Product):
-    """Rounded by float operations behind the kernel, whose divisor it folded into its own scale and bias."""
+    """Rounded by float operations behind the kernel, whose divisor is folded into the weight's scales and the bias."""
 
-    def codes(self, products: Tensor, bias: Tensor, step: Tensor) -> Tensor:
+    def codes(self, products: Tensor, bias: Tensor, weight: Tensor) -> Tensor:
         """As in `Product`."""
         inverse = 1 / self.scale.float()
-        steps = products.float() * (step * inverse) + (bias.float() * step) * inverse
+        steps = products.float() * (self.x * (weight * inverse)) + (bias.float() * (self.x * weight)) * inverse
         return torch.round(steps) + self.zero_point
 
 
 class OpenvinoSum(Sum):
-    """A term that is read from memory becomes a number in one multiply-add; the zero point lies inside the rounding."""
+    """Counted in the steps of the term that is read from memory; the other, of a convolution, is brought to them."""
 
     def codes(self, a: Tensor, b: Tensor) -> Tensor:
         """As in `Sum`."""
-        first, second = (self._value(index, codes) for index, codes in enumerate((a, b)))
-        return torch.round(fused(_inverse(self), first + second, self.zero_point.float()))
-
-    def _value(self, index: int, codes: Tensor) -> Tensor:
-        scale, zero_point = self.scales[index].float(), self.zero_points[index].float()
-        if isinstance(self.terms[index], OpenvinoRoundedProduct):
-            return codes.float() * scale
-        return fused(scale, codes + zero_point, -zero_point * scale)
+        read, brought = (1, 0) if isinstance(self.terms[0], OpenvinoRoundedProduct) else (0, 1)
+        scales = [scale.float() for scale in self.scales]
+        zeros = [zero_point.float() for zero_point in self.zero_points]
+        codes = [(values + zero).float() for values, zero in zip((a, b), zeros, strict=True)]
+        offset = zeros[brought] + zeros[read] * scales[read] / scales[brought]
+        total = codes[read] + (codes[brought] - offset) * (scales[brought] / scales[read])
+        lowest, highest = (end / scales[read] for end in _ends(self))
+        return torch.round(fused(_inverse(lowest, highest), total, _shift(lowest, highest))) + self.container[0]
 
 
 def _ends(rounding: Rounding) -> tuple[Tensor, Tensor]:
@@ -145,10 +146,14 @@ def _ends(rounding: Rounding) -> tuple[Tensor, Tensor]:
     return (low - zero_point) * scale, (high - zero_point) * scale
 
 
-def _inverse(rounding: Rounding) -> Tensor:
+def _inverse(lowest: Tensor, highest: Tensor) -> Tensor:
     """Codes a unit, found from the ends; handed on as the step of what is written, and inverted again."""
-    lowest, highest = _ends(rounding)
     return 1 / (1 / (LEVELS / (highest - lowest)))
+
+
+def _shift(lowest: Tensor, highest: Tensor) -> Tensor:
+    """Steps from the lowest number to zero, found from the ends: not always whole."""
+    return -lowest * LEVELS / (highest - lowest)
 
 
 def _tensor(value: Tensor | nn.Module) -> Tensor:
