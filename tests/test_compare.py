@@ -201,6 +201,14 @@ def test_the_command_line_picks_from_the_plan(place):
     assert rows(place)[0]["recipe"]["method"]["warmup"] == 3
 
 
+def test_a_variant_with_more_images_has_images_of_its_own(place):
+    plan = place / "plan.toml"
+    plan.write_text(plan.read_text() + '[variants]\n"" = []\n"6 images" = ["images=6", "calibration_images=6"]\n')
+    assert run(place, "--only", "zeroq, short", "w4a4", "seed1") == 0
+    assert [row["label"][-8:] for row in rows(place)] == ["a4 seed1", "6 images"]
+    assert len({row["images"]["sha256"] for row in rows(place)}) == 2
+
+
 def test_variants_are_cells_of_their_own():
     plan = Plan.of({"methods": {"noise": {}}, "variants": {"a": [], "b": ["tuner.steps=7"]}}, "plan")
     assert [cell.label for cell in plan.cells()] == ["noise w4a4 seed0 a", "noise w4a4 seed0 b"]

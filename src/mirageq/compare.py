@@ -112,13 +112,13 @@ class Comparison:
         """Method -> penultimate features and labels of its images, for the methods whose work lies here."""
         found = {}
         for row in self.rows():
-            path = self._images_folder(row["method"], row["seed"]) / "features.safetensors"
+            path = self._images_folder(row["method"], row["recipe"]["images"], row["seed"]) / "features.safetensors"
             if path.exists() and row["method"] not in found:
                 found[row["method"]] = Batch(**load_file(path))
         return found
 
     def _compute(self, wanted: Recipe, cell: Cell, teacher: Teacher, data: LabelledImages, console: Console) -> Row:
-        folder = self._images_folder(cell.method, cell.seed)
+        folder = self._images_folder(cell.method, wanted.images, cell.seed)
         folder.mkdir(parents=True, exist_ok=True)
         settings = _remembered(folder / "method.json", recipes.describe_part(wanted.method))
         _require_same_settings(settings, recipes.describe_part(wanted.method), str(folder))
@@ -173,8 +173,8 @@ class Comparison:
             "silhouette": silhouette(features, sample.labels),
         }
 
-    def _images_folder(self, method: str, seed: int) -> Path:
-        return self.work / "images" / f"{method}-seed{seed}".replace(" ", "_").replace("/", "_")
+    def _images_folder(self, method: str, count: int, seed: int) -> Path:
+        return self.work / "images" / f"{method}-{count}-seed{seed}".replace(" ", "_").replace("/", "_")
 
     def _add(self, row: Row) -> None:
         write_text(self.folder / CELLS, "".join(json.dumps(each) + "\n" for each in [*self.rows(), row]))

@@ -20,6 +20,7 @@ from mirageq.methods.noise import Noise
 from mirageq.methods.selectq import SelectQ
 from mirageq.methods.synq import SynQ
 from mirageq.methods.texq import TexQ
+from mirageq.methods.union import Union
 from mirageq.methods.zeroq import ZeroQ
 
 METHODS: dict[str, type] = {
@@ -34,6 +35,7 @@ METHODS: dict[str, type] = {
     "texq": TexQ,
     "selectq": SelectQ,
     "synq": SynQ,
+    "union": Union,
 }
 
 __all__ = ["METHODS", "Method", "card", "find"]
