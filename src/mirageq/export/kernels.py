@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from mirageq.quant.fake_quant import grid
 from mirageq.quant.quantizers import ActivationQuantizer
 
-LEVELS = torch.tensor(255.0)  # steps between the ends of an 8-bit container; a plain number is divided by multiplying
+# Steps between the ends of an 8-bit container. A tensor, because 255.0 / tensor is 255.0 * (1 / tensor) to PyTorch.
+LEVELS = torch.tensor(255.0)
 
 
 class Rounding(nn.Module):
