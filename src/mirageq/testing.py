@@ -82,7 +82,9 @@ def quick(kind: type) -> Method:
     small = {"iterations": 6, "batch_size": 4, "warmup": 6, "width": 8, "latent": 4, "centre_iterations": 3}
     small |= {"centroid_every": 1, "centre_batch": 4}
     fields: dict[str, object] = {field.name: field.default_factory for field in dataclasses.fields(kind)}
-    parts = {name: quick(inner) for name, inner in fields.items() if isinstance(inner, type)}
+    parts = {
+        name: quick(inner) for name, inner in fields.items() if isinstance(inner, type) and issubclass(inner, Method)
+    }
     return kind(**parts, **{name: value for name, value in small.items() if name in fields})
 
 

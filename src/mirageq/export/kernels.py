@@ -109,10 +109,8 @@ class OpenvinoProduct(Product):
 
     def codes(self, products: Tensor, bias: Tensor, weight: Tensor) -> Tensor:
         """As in `Product`."""
-        ends = _ends(self)
         step = self.x * weight
-        steps = fused(_inverse(*ends), products.float() * step + bias.float() * step, _shift(*ends))
-        return torch.round(steps) + self.container[0]
+        return _between(_ends(self), products.float() * step + bias.float() * step) + self.container[0]
 
 
 class OpenvinoRoundedProduct(Product):
@@ -121,7 +119,8 @@ class OpenvinoRoundedProduct(Product):
     def codes(self, products: Tensor, bias: Tensor, weight: Tensor) -> Tensor:
         """As in `Product`."""
         inverse = 1 / self.scale.float()
-        steps = products.float() * (self.x * (weight * inverse)) + (bias.float() * (self.x * weight)) * inverse
+        bias = bias.float() * (self.x * weight)
+        steps = products.float() * (self.x * (weight * inverse)) + bias * inverse
         return torch.round(steps) + self.zero_point
 
 
@@ -136,8 +135,8 @@ class OpenvinoSum(Sum):
         codes = [(values + zero).float() for values, zero in zip((a, b), zeros, strict=True)]
         offset = zeros[brought] + zeros[read] * scales[read] / scales[brought]
         total = codes[read] + (codes[brought] - offset) * (scales[brought] / scales[read])
-        lowest, highest = (end / scales[read] for end in _ends(self))
-        return torch.round(fused(_inverse(lowest, highest), total, _shift(lowest, highest))) + self.container[0]
+        lowest, highest = _ends(self)
+        return _between((lowest / scales[read], highest / scales[read]), total) + self.container[0]
 
 
 def _ends(rounding: Rounding) -> tuple[Tensor, Tensor]:
@@ -147,14 +146,12 @@ def _ends(rounding: Rounding) -> tuple[Tensor, Tensor]:
     return (low - zero_point) * scale, (high - zero_point) * scale
 
 
-def _inverse(lowest: Tensor, highest: Tensor) -> Tensor:
-    """Codes a unit, found from the ends; handed on as the step of what is written, and inverted again."""
-    return 1 / (1 / (LEVELS / (highest - lowest)))
-
-
-def _shift(lowest: Tensor, highest: Tensor) -> Tensor:
-    """Steps from the lowest number to zero, found from the ends: not always whole."""
-    return -lowest * LEVELS / (highest - lowest)
+def _between(ends: tuple[Tensor, Tensor], values: Tensor) -> Tensor:
+    """Values as whole steps from the lower of two ends, of which `LEVELS` lead to the upper."""
+    lowest, highest = ends
+    step = 1 / (LEVELS / (highest - lowest))  # handed on as the step of what is written, and inverted again
+    shift = -lowest * LEVELS / (highest - lowest)  # not always whole
+    return torch.round(fused(1 / step, values, shift))
 
 
 def _tensor(value: Tensor | nn.Module) -> Tensor:
