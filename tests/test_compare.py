@@ -9,6 +9,8 @@ import pytest
 
 from mirageq import cli, compare
 from mirageq.errors import UserError
+from mirageq.methods.noise import Noise
+from mirageq.methods.zeroq import ZeroQ
 from mirageq.plan import Plan
 from mirageq.testing import SHAPE
 
@@ -215,3 +217,12 @@ def test_variants_are_cells_of_their_own():
     assert plan.recipe_of(plan.cells()[1]).tuner.steps == 7
     with pytest.raises(UserError, match="at least one of its methods"):
         Plan.of({}, "plan")
+
+
+def test_the_recipes_own_method_keeps_its_settings_where_the_plan_says_nothing(tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('[method]\nname = "zeroq"\niterations = 7\nbatch_size = 3\n')
+    methods = {"zeroq": {"batch_size": 2}, "noise": {}, "again": {"name": "zeroq"}}
+    plan = Plan.of({"recipe": str(recipe), "methods": methods}, "plan")
+    built = [plan.recipe_of(cell).method for cell in plan.cells()]
+    assert built == [ZeroQ(iterations=7, batch_size=2), Noise(), ZeroQ(iterations=7, batch_size=3)]

@@ -17,10 +17,11 @@ class Plan:
     """What is compared.
 
     Attributes:
-        methods: label -> the method's table (`name`, settings); the label is the name where none is given.
+        methods: label -> the method's table (`name`, settings); the label is the name where none is given. What it does
+            not say about the recipe's own method is as in the recipe.
         bits: such as "w4a4".
         seeds: one cell for each.
-        recipe: a recipe file or the name of a shipped one; its method and bits are replaced.
+        recipe: a recipe file or the name of a shipped one; the cell says the method and the bits.
         variants: label -> settings (`tuner.steps=0`) that a cell has besides.
         network, data: what `mirageq compare` measures unless told otherwise.
     """
@@ -75,7 +76,10 @@ class Plan:
 
     def recipe_of(self, cell: Cell) -> Recipe:
         base = recipes.read(self.recipe) if self.recipe else {}
-        table = {**base, "method": {"name": cell.method, **self.methods[cell.method]}}
+        method = {"name": cell.method, **self.methods[cell.method]}
+        if method["name"] == base.get("method", {}).get("name"):
+            method = {**base["method"], **method}
+        table = {**base, "method": method}
         return recipes.build(recipes.assign(recipes.set_bits(table, cell.bits), self.variants[cell.variant]))
 
     def check(self) -> Recipe:
