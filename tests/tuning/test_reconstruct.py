@@ -33,7 +33,7 @@ def student_of(teacher, source, **scheme):
 
 
 @pytest.mark.parametrize("placement", ["paper", "deploy"])
-@pytest.mark.parametrize("settings", [{}, {"drop": 0.0}, {"weight_scale_lr": 1e-3}])
+@pytest.mark.parametrize("settings", [{}, {"drop": 0.0}, {"weight_scale_lr": 1e-3}, {"bias_lr": 1e-3}])
 def test_blocks_come_closer_and_weights_stay_on_their_grid(teacher, source, placement, settings):
     student = student_of(teacher, source, placement=placement)
     journal = Journal()
@@ -43,6 +43,18 @@ def test_blocks_come_closer_and_weights_stay_on_their_grid(teacher, source, plac
     for name, quantizer in student.weight_quantizers.items():
         weight = student.network.get_parameter(f"{name}.weight").detach()
         assert quantizer(weight)[0] == pytest.approx(weight, abs=1e-6)
+
+
+@pytest.mark.parametrize("placement", ["deploy", "paper"])
+def test_biases_learn_if_they_have_a_rate(teacher, source, placement):
+    def moved(**settings):
+        student = student_of(teacher, source, placement=placement)
+        before = {name: value.clone() for name, value in student.named_parameters() if value.dim() == 1}
+        Reconstruct(**QUICK, **settings).tune(teacher, student, source)
+        return [bool((student.get_parameter(name) != value).any()) for name, value in before.items()]
+
+    assert not any(moved())
+    assert all(moved(bias_lr=1e-3))
 
 
 def test_another_tuner_can_follow_and_an_interruption_in_it_costs_no_block(teacher, source, tmp_path):

@@ -54,6 +54,8 @@ class Reconstruct:
         lr: Adam's rate of the rounding.
         scale_lr: Adam's rate of the activations' steps, relative to their size; 0 leaves them as calibrated.
         weight_scale_lr: the same for the weights' steps (GENIE-M); 0 leaves them.
+        bias_lr: Adam's rate of the biases, and of the scales and shifts of BatchNorms that are not folded, as it is; 0
+            leaves them.
         drop: probability that a number is left in full precision while its block learns (QDrop); 0 never.
         rounding_weight: of the term that makes roundings decide; it starts after a fifth of the steps.
         layers_per_block: neighbouring blocks with fewer layers are joined.
@@ -70,6 +72,7 @@ class Reconstruct:
     lr: float = 4e-2
     scale_lr: float = 4e-3
     weight_scale_lr: float = 0.0
+    bias_lr: float = 0.0
     drop: float = 0.5
     rounding_weight: float = 0.01
     layers_per_block: int = 2
@@ -186,6 +189,9 @@ class Reconstruct:
             for part in parts.values()
             if rate
         ]
+        if self.bias_lr:
+            biases = [value for value in run.parameters() if value.dim() == 1]
+            groups.append({"params": biases, "rate": self.bias_lr})
         optimizer = torch.optim.Adam(groups, lr=self.lr)
         device = next(network.parameters()).device
         for step in range(self.steps):
