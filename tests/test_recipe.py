@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from mirageq import recipe
 from mirageq.errors import UserError
 from mirageq.methods.intraq import IntraQ
+from mirageq.methods.zeroq import ZeroQ
 from mirageq.tuning import Distill
 
 
@@ -88,3 +91,26 @@ def test_a_recipe_that_is_missing_or_damaged_is_told(tmp_path):
     (tmp_path / "bad.toml").write_text("images = = 3")
     with pytest.raises(UserError, match=r"bad.toml is not a TOML file"):
         recipe.read(str(tmp_path / "bad.toml"))
+
+
+def test_a_recipe_builds_on_another(tmp_path):
+    middle, top = tmp_path / "middle.toml", tmp_path / "top.toml"
+    middle.write_text('base = "best-cifar10"\n[tuner.then]\nsteps = 7\n[method]\nname = "zeroq"\niterations = 3\n')
+    top.write_text(f'base = "{middle}"\nimages = 5\n[scheme]\nweight_bits = 2\n')
+    base, built = (recipe.build(recipe.read(name)) for name in ("best-cifar10", str(top)))
+    assert (built.images, built.calibration_images, built.scheme.bits) == (5, base.calibration_images, "w2a4")
+    assert built.tuner == replace(base.tuner, then=replace(base.tuner.then, steps=7))
+    assert built.method == ZeroQ(iterations=3)  # nothing of the base's method, which is another
+
+
+def test_a_base_that_leads_nowhere_is_told(tmp_path):
+    (tmp_path / "a.toml").write_text(f'base = "{tmp_path / "b.toml"}"')
+    (tmp_path / "b.toml").write_text(f'base = "{tmp_path / "a.toml"}"')
+    with pytest.raises(UserError, match=r"a\.toml' is its own base: .*a\.toml -> .*b\.toml -> .*a\.toml"):
+        recipe.read(str(tmp_path / "a.toml"))
+    (tmp_path / "c.toml").write_text('base = "demos"')
+    with pytest.raises(UserError, match=r"no recipe 'demos'"):
+        recipe.read(str(tmp_path / "c.toml"))
+    (tmp_path / "c.toml").write_text("base = 3")
+    with pytest.raises(UserError, match=r"base names another recipe, as text; got 3 in .*c\.toml"):
+        recipe.read(str(tmp_path / "c.toml"))

@@ -49,12 +49,14 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
-def read(name: str) -> Table:
-    """The table of a recipe file, or of a shipped recipe.
+def read(name: str, above: tuple[str, ...] = ()) -> Table:
+    """The table of a recipe file, or of a shipped recipe, laid over that of the recipe it names as its `base`, if any.
 
     Raises:
-        UserError: no such recipe, or not TOML.
+        UserError: no such recipe, not TOML, or bases that lead in a circle.
     """
+    if name in above:
+        raise UserError(f"The recipe '{name}' is its own base: {' -> '.join((*above, name))}.")
     known = shipped()
     path = known.get(name) or Path(name)
     if not path.is_file():
@@ -62,9 +64,29 @@ def read(name: str) -> Table:
             f"There is no recipe '{name}': neither a file nor a shipped recipe; {did_you_mean(name, known)}."
         )
     try:
-        return tomllib.loads(path.read_text())
+        table = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a TOML file: {error}.") from error
+    base = table.pop("base", None)
+    if base is None:
+        return table
+    if not isinstance(base, str):
+        raise UserError(f"base names another recipe, as text; got {base!r} in {path}.")
+    return laid_over(read(base, (*above, name)), table)
+
+
+def laid_over(base: Table, own: Table) -> Table:
+    """What `own` says, and what `base` says where `own` does not; a method or tuner of another name takes nothing over.
+
+    >>> laid_over({"images": 8, "method": {"name": "zeroq", "lr": 0.1}}, {"method": {"lr": 0.2}})
+    {'images': 8, 'method': {'name': 'zeroq', 'lr': 0.2}}
+    >>> laid_over({"method": {"name": "zeroq", "lr": 0.1}}, {"method": {"name": "noise"}})
+    {'method': {'name': 'noise'}}
+    """
+    if own.get("name", base.get("name")) != base.get("name"):
+        return own
+    both = {name: laid_over(base[name], own[name]) for name in base if _tables(base[name], own.get(name))}
+    return {**base, **own, **both}
 
 
 def assign(table: Table, assignments: Sequence[str]) -> Table:
@@ -176,6 +198,10 @@ def settings(kind: type, values: Table, where: str) -> Any:
 class _Counts:
     images: int = Recipe.images
     calibration_images: int = Recipe.calibration_images
+
+
+def _tables(*values: object) -> bool:
+    return all(isinstance(value, dict) for value in values)
 
 
 def _section(table: Table, name: str) -> Table:
