@@ -98,7 +98,7 @@ class Protocol:
             f"top-1 on {self.count:,} images of {self.data} ({self.data_sha256[:12]}).\n"
             f"Quantized (`{placement}`): {PLACES[placement]}; "
             f"first and last layer at {f'{ends} bits' if ends else 'the same bits'}"
-            f"{f', activations that only sums or pooling read at {residual} bits' if residual else ''}.\n"
+            f"{f', what sums and pooling read at {residual} bits' if residual else ''}.\n"
             f"Static ranges: weights {scheme['weight_range']}, activations {scheme['activation_range']} on "
             f"{self.recipe['calibration_images']} of the method's {self.recipe['images']} images.\n"
             f"Tuning: {_in_words(tuner)}.\nEvery figure is {self.selection}."

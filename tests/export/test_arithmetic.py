@@ -10,7 +10,7 @@ from torch import nn
 from mirageq import Scheme, Teacher
 from mirageq.export import export_student
 from mirageq.export.arithmetic import in_double, in_kernel_arithmetic
-from mirageq.export.kernels import KERNELS, OrtProduct, OrtSum
+from mirageq.export.kernels import KERNELS, OrtProduct, OrtSum, Requantization
 from mirageq.export.verify import open_file
 from mirageq.graph import capture
 from mirageq.quant import convert
@@ -56,6 +56,16 @@ def test_a_sum_of_any_two_codes_is_rounded_as_the_kernel_rounds_it(seed):
         (torch.tensor(codes.astype(np.float64)) - q.zero_point) * q.scale for codes, q in ((a, first), (b, second))
     ]
     got = OrtSum(last, first, second)(*values)
+    assert np.array_equal(torch.round(got / last.scale + last.zero_point).numpy(), expected)
+
+
+def test_from_grid_to_grid_ties_fall_as_in_the_kernel():
+    fine, coarse = np.float32(0.0137), np.float32(0.0137 * 13.6)  # 34, 102 and 170 lie in the middle of two codes
+    codes = np.arange(256, dtype=np.uint8)
+    inputs = {"x": codes * fine, "s": np.asarray(coarse), "z": np.asarray(np.uint8(3))}
+    expected = run("QuantizeLinear", inputs, "")
+    last = quantizer(float(coarse), 3)
+    got = Requantization(last)(torch.tensor(codes * 1.0).double() * float(fine))
     assert np.array_equal(torch.round(got / last.scale + last.zero_point).numpy(), expected)
 
 

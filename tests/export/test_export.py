@@ -60,6 +60,7 @@ SCHEMES = [
     {"weight_bits": 4, "activation_bits": 4, "placement": "deploy", "weight_range": "mse", "activation_range": "mse"},
     {"weight_bits": 3, "activation_bits": 5, "placement": "deploy", "first_last_bits": 8},
     {"weight_bits": 4, "activation_bits": 4, "placement": "paper"},
+    {"weight_bits": 4, "activation_bits": 3, "placement": "deploy", "activation_range": "mse", "residual_bits": 8},
     {"weight_bits": 8, "activation_bits": 8, "placement": "deploy", "activation_symmetric": True},
 ]
 
@@ -278,10 +279,11 @@ def test_real_architectures_export_and_agree(name, bits, tmp_path):
     assert delivery.verifications[0].agreement >= 95
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_openvino_runs_the_file_of_its_profile(bits, images, tmp_path):
+@pytest.mark.parametrize(("bits", "residual"), [(8, None), (4, None), (4, 8)])
+def test_openvino_runs_the_file_of_its_profile(bits, residual, images, tmp_path):
     pytest.importorskip("openvino")
-    teacher, student = student_of(TinyResNet(), images, weight_bits=bits, activation_bits=bits, placement="deploy")
+    scheme = {"weight_bits": bits, "activation_bits": bits, "residual_bits": residual, "placement": "deploy"}
+    teacher, student = student_of(TinyResNet(), images, **scheme)
     delivery = deliver(student, teacher, images, tmp_path / "model.onnx", profile="openvino", runtimes=["openvino"])
     (proof,) = delivery.verifications
     assert proof.agreement == 100

@@ -146,12 +146,34 @@ def test_first_and_last_bits():
     assert placed(TinyResNet(), "deploy").activation_quantizers["image"].bits == 8
 
 
-def test_residual_bits_are_for_what_no_layer_reads():
+def test_residual_bits_are_for_what_sums_and_pooling_read():
     settings = {"activation_bits": 3, "first_last_bits": 4, "residual_bits": 7}
     bits = {name: part.bits for name, part in placed(TinyResNet(), **settings).activation_quantizers.items()}
-    assert bits == {"image": 8, "conv1": 3, "conv2": 7, "conv2.add": 3, "conv3": 7, "conv3.mean": 4}
+    stream = {"conv1": 7, "conv1.requantized": 3}
+    assert bits == {"image": 8, **stream, "conv2": 7, "conv2.add": 3, "conv3": 7, "conv3.mean": 4}
     paper = placed(TinyResNet(), "paper", **settings).activation_quantizers
-    assert {name: part.bits for name, part in paper.items()} == {"conv1": 3, "conv2.add": 3, "conv3": 4}
+    assert {name: part.bits for name, part in paper.items()} == {**stream, "conv2.add": 3, "conv3": 4}
+
+
+@pytest.mark.parametrize(
+    ("body", "bits"),
+    [
+        (lambda net, x: net.conv2(x) + x, [8, 3]),
+        (lambda net, x: net.conv2(F.pad(x, (1, 1)))[..., 1:-1] + x, [8, 3]),
+        (lambda net, x: net.conv2(y := F.pad(x, (1, 1))) + y, [3]),  # one tensor for both: as layers need it
+        (lambda net, x: net.conv2(x), [3]),
+        (lambda net, x: net.conv2(x).relu() + x.mean(), [8, 3]),
+    ],
+)
+def test_a_stream_is_requantized_for_the_layers_that_read_it(body, bits):
+    student = placed(Net(body), residual_bits=8, activation_bits=3)
+    parts = student.activation_quantizers
+    assert [part.bits for name, part in parts.items() if name in ("conv", "conv.requantized")] == bits
+    (rounding,) = student.network.graph.find_nodes(op="call_module", target="bias_quantizers.conv2_bias")
+    read = "conv_requantized" if len(bits) == 2 else "conv"
+    assert rounding.args[1].target == f"activation_quantizers.{read}.scale"
+    (layer,) = (reader for reader in student.network.graph.nodes if rounding in reader.all_input_nodes)
+    assert read in str(layer.args[0].target) or read in str(layer.args[0].args[0].target)
 
 
 def test_padded_shortcuts_share_the_grid_of_their_source():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from mirageq.export.emit import feeds_sum, rounded_by
-from mirageq.export.kernels import KERNELS, Kernels, Rounding
+from mirageq.export.kernels import KERNELS, Kernels, Requantization, Rounding
 from mirageq.graph import LINEAR, WEIGHTED, stored
 from mirageq.quant import Student
 from mirageq.quant.operations import keeps_grid, kind, main_input
@@ -26,7 +26,10 @@ from mirageq.quant.quantizers import ActivationQuantizer, BiasQuantizer, WeightQ
 
 
 def in_double(student: Student) -> Student:
-    """A copy that computes in float64, with the very codes of weights and biases that the float32 student has."""
+    """A copy that computes in float64, with the very codes that the float32 student has of weights and biases.
+
+    From grid to grid it goes in float32 as well, for exact ties to fall as the student's do.
+    """
     exact = copy.deepcopy(student)
     for quantizer, weight in exact.quantized_weights():
         quantizer.freeze(weight)
@@ -43,6 +46,8 @@ def in_double(student: Student) -> Student:
                 bias, step = biases[part.name]
                 settled = torch.round(bias / step).double() * step.double()
                 exact.network.set_submodule(node.target, _Constant(settled))
+            elif isinstance(part, ActivationQuantizer) and node.args[0].op == "call_module":
+                exact.network.set_submodule(node.target, Requantization(part))
     return exact
 
 
@@ -52,7 +57,9 @@ def in_kernel_arithmetic(student: Student, runtime: str) -> nn.Module:
     network = in_double(student).logits_network()
     for node in network.graph.find_nodes(op="call_module"):
         quantizer = network.get_submodule(node.target)
-        if isinstance(quantizer, ActivationQuantizer):
+        if isinstance(quantizer, Requantization):
+            network.set_submodule(node.target, kernels.requantization(quantizer.quantizer))
+        elif isinstance(quantizer, ActivationQuantizer):
             source = rounded_by(node, quantizer)
             if (rounding := _rounding(network, node, source, quantizer, kernels)) is not None:
                 network.add_submodule(f"{node.target}_rounding", rounding)

@@ -85,6 +85,18 @@ class Sum(Rounding):
         raise NotImplementedError
 
 
+class Requantization(Rounding):
+    """After values that lie on another grid already: in float32, where exact ties are common and fall as there."""
+
+    def __init__(self, quantizer: ActivationQuantizer) -> None:
+        super().__init__(quantizer)
+        self.quantizer = quantizer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A tensor float64 of numbers on a grid, on the quantizer's."""
+        return self.on_grid(torch.round(x.float() / self.scale.float()) + self.zero_point)
+
+
 class OrtProduct(Product):
     """float32(accumulator) * float32(s_x s_w / s_y)."""
 
@@ -139,6 +151,14 @@ class OpenvinoSum(Sum):
         return _between((lowest / scales[read], highest / scales[read]), total) + self.container[0]
 
 
+class OpenvinoRequantization(Requantization):
+    """Found from the ends of the grid, as after a product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As in `Requantization`."""
+        return self.on_grid(_between(_ends(self), x.float()) + self.container[0])
+
+
 def _ends(rounding: Rounding) -> tuple[Tensor, Tensor]:
     """The smallest and largest number of the container, as OpenVINO keeps a grid."""
     low, high = rounding.container
@@ -167,14 +187,15 @@ def fused(factor: Tensor, codes: Tensor, summand: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Kernels:
-    """What a runtime rounds after products, after products that a sum reads, and after sums of two."""
+    """What a runtime rounds after products, after products that a sum reads, after sums of two, and between grids."""
 
     product: type[Product]
     product_before_sum: type[Product]
     sum: type[Sum]
+    requantization: type[Requantization]
 
 
 KERNELS = {
-    "onnxruntime": Kernels(OrtProduct, OrtProduct, OrtSum),
-    "openvino": Kernels(OpenvinoProduct, OpenvinoRoundedProduct, OpenvinoSum),
+    "onnxruntime": Kernels(OrtProduct, OrtProduct, OrtSum, Requantization),
+    "openvino": Kernels(OpenvinoProduct, OpenvinoRoundedProduct, OpenvinoSum, OpenvinoRequantization),
 }

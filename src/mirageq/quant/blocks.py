@@ -121,6 +121,8 @@ def _is_tensor(node: Node) -> bool:
 
 
 def _awaits_quantizer(network: GraphModule, node: Node) -> bool:
-    """Whether a quantizer is what reads a node next; the block should end after it."""
+    """Whether a quantizer is what reads a node next; the block should end after it (but before one that narrows)."""
+    if node.op == "call_module":
+        return False
     readers = [user for user in node.users if user.op == "call_module"]
     return any(isinstance(network.get_submodule(user.target), ActivationQuantizer) for user in readers)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from mirageq.errors import UserError
-from mirageq.graph import LINEAR, batch_norms, feature_node, layer_name, share, stored, weighted
+from mirageq.graph import LINEAR, WEIGHTED, batch_norms, feature_node, layer_name, share, stored, weighted
 from mirageq.quant.equalize import equalize
 from mirageq.quant.fold import fold_batch_norms
 from mirageq.quant.operations import free_name, stored_bias
@@ -80,25 +80,51 @@ def convert(network: GraphModule, scheme: Scheme) -> Student:
 def _quantize_activations(
     module: GraphModule, planned: Plan, scheme: Scheme, read: set[Node | None], last_input: Node | None
 ) -> dict[Node, str]:
-    """Put a quantizer after each planned node; returns node -> the quantizer's path. `read`: by layers."""
+    """Put a quantizer after each planned node; returns node -> the path of what layers read. `read`: by layers."""
     paths = {}
     for name, node in planned.quantized.items():
-        bits = scheme.activation_bits
+        bits, narrowed = scheme.activation_bits, []
         if node.op == "placeholder":
             bits = IMAGE_BITS
         elif node is last_input and scheme.first_last_bits is not None:
             bits = scheme.first_last_bits
-        elif node not in read and scheme.residual_bits is not None:
-            bits = scheme.residual_bits
-        symmetric, learned = scheme.symmetric_activations, scheme.learned_steps
-        quantizer = ActivationQuantizer(name, bits, symmetric, scheme.clip_gradient, learned)
-        paths[node] = _add(module, "activation_quantizers", name, quantizer)
-        with module.graph.inserting_after(node):
-            on_grid = module.graph.call_module(paths[node], (node,))
-        on_grid.meta = {key: value for key, value in node.meta.items() if key != MOMENTS}
-        for reader in set(node.users) - {on_grid}:
-            reader.replace_input_with(node, on_grid)
+        elif scheme.residual_bits is not None and scheme.residual_bits != bits:
+            narrowed = _layers_alone(node, planned)
+            if node not in read or narrowed:
+                bits = scheme.residual_bits
+        paths[node], on_grid = _insert_quantizer(module, node, name, bits, scheme, list(node.users))
+        if narrowed:
+            name = free_name(f"{name}.requantized", planned.quantized)
+            paths[node], _ = _insert_quantizer(module, on_grid, name, scheme.activation_bits, scheme, narrowed)
     return paths
+
+
+def _layers_alone(node: Node, planned: Plan) -> list[Node]:
+    """The readers of a quantized node that only layers see, if others see none; empty if no two such groups exist."""
+
+    def by_layer(reader: Node) -> set[bool]:
+        if planned.grids.get(reader) is node:  # hands the same values on
+            return set().union(*(by_layer(further) for further in reader.users))
+        return {reader.target in WEIGHTED}
+
+    seen = {reader: by_layer(reader) for reader in node.users}
+    alone = [reader for reader, kinds in seen.items() if kinds == {True}]
+    return alone if len(alone) < len(seen) and all(len(kinds) < 2 for kinds in seen.values()) else []
+
+
+def _insert_quantizer(
+    module: GraphModule, node: Node, name: str, bits: int, scheme: Scheme, readers: list[Node]
+) -> tuple[str, Node]:
+    """Let `readers` of a node read it through a new quantizer: its path and its node."""
+    symmetric, learned = scheme.symmetric_activations, scheme.learned_steps
+    quantizer = ActivationQuantizer(name, bits, symmetric, scheme.clip_gradient, learned)
+    path = _add(module, "activation_quantizers", name, quantizer)
+    with module.graph.inserting_after(node):
+        on_grid = module.graph.call_module(path, (node,))
+    on_grid.meta = {key: value for key, value in node.meta.items() if key != MOMENTS}
+    for reader in readers:
+        reader.replace_input_with(node, on_grid)
+    return path, on_grid
 
 
 def _quantize_weights(

@@ -24,8 +24,9 @@ class Scheme:
         weight_bits: 2..8, per output channel.
         activation_bits: 2..8, per tensor.
         first_last_bits: bits of the first and last layers' weights and of the last layer's input; None: as the rest.
-        residual_bits: bits of activations that no convolution or linear layer reads, only sums, products or pooling;
-            None: as the rest. A runtime keeps them in 8 bits whatever they hold; published results leave them in float.
+        residual_bits: bits of activations that sums, products or pooling read; None: as the rest. Where a layer reads
+            the same activation, it is requantized for it to `activation_bits`. A runtime keeps such a stream in 8 bits
+            whatever it holds; published results leave it in float.
         placement: "paper" quantizes weights and the outputs of activation functions, as IntraQ, GDFQ and their family
             report it; "deploy" quantizes every tensor that an integer runtime touches, with BatchNorm folded away,
             the image in 8 bits and biases in int32.
