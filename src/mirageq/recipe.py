@@ -85,8 +85,8 @@ def laid_over(base: Table, own: Table) -> Table:
     """
     if own.get("name", base.get("name")) != base.get("name"):
         return own
-    both = {name: laid_over(base[name], own[name]) for name in base if _tables(base[name], own.get(name))}
-    return {**base, **own, **both}
+    sections = [name for name in base if isinstance(base[name], dict) and isinstance(own.get(name), dict)]
+    return {**base, **own, **{name: laid_over(base[name], own[name]) for name in sections}}
 
 
 def assign(table: Table, assignments: Sequence[str]) -> Table:
@@ -198,10 +198,6 @@ def settings(kind: type, values: Table, where: str) -> Any:
 class _Counts:
     images: int = Recipe.images
     calibration_images: int = Recipe.calibration_images
-
-
-def _tables(*values: object) -> bool:
-    return all(isinstance(value, dict) for value in values)
 
 
 def _section(table: Table, name: str) -> Table:

@@ -94,7 +94,11 @@ class Requantization(Rounding):
 
     def forward(self, x: Tensor) -> Tensor:
         """A tensor float64 of numbers on a grid, on the quantizer's."""
-        return self.on_grid(torch.round(x.float() / self.scale.float()) + self.zero_point)
+        return self.on_grid(self.codes(x.float()))
+
+    def codes(self, x: Tensor) -> Tensor:
+        """From numbers float32."""
+        return torch.round(x / self.scale.float()) + self.zero_point
 
 
 class OrtProduct(Product):
@@ -154,9 +158,9 @@ class OpenvinoSum(Sum):
 class OpenvinoRequantization(Requantization):
     """Found from the ends of the grid, as after a product."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def codes(self, x: Tensor) -> Tensor:
         """As in `Requantization`."""
-        return self.on_grid(_between(_ends(self), x.float()) + self.container[0])
+        return _between(_ends(self), x) + self.container[0]
 
 
 def _ends(rounding: Rounding) -> tuple[Tensor, Tensor]:
