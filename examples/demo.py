@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mirageq import Journal, Noise, Recipe, agreement, quantize, recipe
+from mirageq.memory import keep_freed_memory
 from mirageq.pipeline import calibrate
 from mirageq.quant import convert
 from mirageq.report import contact_sheet, loss_curves
@@ -33,6 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     out = free_folder(parser.parse_args().out)
+    keep_freed_memory()
     compare(NetworkChoice(name="demo:efficientnet-lite0"), recipe.build(recipe.read("demo")), out, Console())
 
 

@@ -94,5 +94,8 @@ def test_a_network_of_one_size_says_so(size):
     with pytest.raises(UserError, match=f"takes images of 16 x 16 pixels and none of {size} x {size}. Leave method"):
         Canvas(teacher, 4, Descent(image_size=size), 0, Journal())
     assert Canvas(teacher, 4, Descent(image_size=16), 0, Journal()).image_shape == SHAPE
+
+
+def test_an_image_size_is_positive():
     with pytest.raises(UserError, match="image_size is a number of pixels; got 0"):
-        Descent(image_size=0)
+        Teacher.wrap(TinyResNet(), SHAPE).shape_at(0)

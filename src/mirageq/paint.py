@@ -59,8 +59,6 @@ class Descent:
     def __post_init__(self) -> None:
         check_positive(self, "batch_size", "iterations", "lr", "patience")
         check_choices(self)
-        if self.image_size is not None and self.image_size < 1:
-            raise UserError(f"image_size is a number of pixels; got {self.image_size}.")
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,7 @@ class Canvas:
         self.teacher, self.settings, self.seed, self.journal = teacher, settings, seed, journal
         self.observe: Observe = compiled(teacher.observe) if settings.compile else teacher.observe
         path = journal.folder / "synthetic.safetensors" if journal.folder else None
-        self.image_shape = _image_shape(teacher, settings.image_size)
+        self.image_shape = teacher.shape_at(settings.image_size)
         self._set = GrowingSet(count, self.image_shape, path)
         self._count = count
 
@@ -152,23 +150,6 @@ class Canvas:
 
     def finish(self) -> SyntheticSet:
         return self._set.finish(self.seed)
-
-
-def _image_shape(teacher: Teacher, size: int | None) -> tuple[int, int, int]:
-    """The shape of images to paint, once the network is found to take it."""
-    channels, height, width = teacher.image_shape
-    if size is None or size == height == width:
-        return teacher.image_shape
-    try:
-        fits = teacher.pseudo_labels(torch.zeros(2, channels, size, size, device=teacher.device)).shape == (2,)
-    except RuntimeError:
-        fits = False
-    if not fits:
-        raise UserError(
-            f"The network takes images of {height} x {width} pixels and none of {size} x {size}. "
-            "Leave method.image_size out."
-        )
-    return channels, size, size
 
 
 def cosine(high: float, low: float, done: float) -> float:

@@ -102,6 +102,28 @@ class Teacher:
         mean, std = (torch.tensor(values, device=self.device).view(-1, 1, 1) for values in (self.mean, self.std))
         return -mean / std, (1 - mean) / std
 
+    def shape_at(self, size: int | None) -> tuple[int, int, int]:
+        """The shape (C, H, W) of images of `size` x `size` pixels; None stands for the network's own size.
+
+        Raises:
+            UserError: the network does not take them.
+        """
+        channels, height, width = self.image_shape
+        if size is None or size == height == width:
+            return self.image_shape
+        if size < 1:
+            raise UserError(f"image_size is a number of pixels; got {size}.")
+        try:
+            fits = self.pseudo_labels(torch.zeros(2, channels, size, size, device=self.device)).shape == (2,)
+        except RuntimeError:
+            fits = False
+        if not fits:
+            raise UserError(
+                f"The network takes images of {height} x {width} pixels and none of {size} x {size}. "
+                "Leave method.image_size out."
+            )
+        return channels, size, size
+
     def pseudo_labels(self, images: Tensor) -> Tensor:
         """The classes (N,) this network assigns to images, for methods that assign none themselves."""
         with torch.no_grad():

@@ -29,6 +29,14 @@ def test_images_are_normalised_and_keep_their_labels(file):
     assert not torch.equal(sample.images, other.images)
 
 
+def test_images_may_be_cropped_to_less_than_the_networks_size(file):
+    teacher = Teacher.wrap(TinyResNet(), SHAPE, mean=(0.5,) * 3, std=(0.25,) * 3)
+    whole, crop = (
+        Real(path=str(file), image_size=size).synthesize(teacher, 20).sample(20).images for size in (None, 8)
+    )
+    assert torch.equal(crop, whole[..., 4:12, 4:12])
+
+
 def test_too_few_images_or_no_normalisation_is_said(file):
     teacher = Teacher.wrap(TinyResNet(), SHAPE, mean=(0.5,) * 3, std=(0.25,) * 3)
     with pytest.raises(UserError, match="holds 20 images, and 21 were asked for"):

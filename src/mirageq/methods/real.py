@@ -28,15 +28,17 @@ class Real:
 
     Attributes:
         path: image folder, CIFAR file or parquet of JPEG, as for `mirageq evaluate`.
+        image_size: height and width of the crop around their centre, in pixels; None takes the network's own.
     """
 
     path: str
+    image_size: int | None = None
 
     def synthesize(self, teacher: Teacher, count: int, *, seed: int = 0, journal: Journal | None = None) -> ImageSource:
         """`count` of the file's images, chosen by the seed."""
         if teacher.mean is None or teacher.std is None:
             raise UserError("Real images must be normalised as the network expects; give its mean and std.")
-        data = open_images(self.path, teacher.image_shape)
+        data = open_images(self.path, teacher.shape_at(self.image_size))
         if data.count < count:
             raise UserError(f"{self.path} holds {data.count} images, and {count} were asked for. Lower images.")
         pixels, labels = (torch.cat(parts) for parts in zip(*data.batches(256), strict=True))
