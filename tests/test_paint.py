@@ -50,6 +50,18 @@ def test_clamped_images_are_pixels_that_exist():
     assert (clamped <= high + 1e-3).all()
 
 
+def test_a_generators_images_are_stretched_to_the_pixels_there_are():
+    shown = {}
+    for mean, std in ((0.5, 0.5), (0.5, 0.25)):
+        teacher = Teacher.wrap(TinyResNet(), SHAPE, mean=(mean,) * 3, std=(std,) * 3)
+        images = Genie(iterations=1, batch_size=16, clamp=True, lr=1e-6).synthesize(teacher, 16).sample(16).images
+        shown[std] = images * std + mean
+        assert shown[std].min() >= -1e-3
+        assert shown[std].max() <= 1 + 1e-3
+        assert shown[std].std() == pytest.approx(0.25, abs=0.05)
+    assert torch.allclose(shown[0.5], shown[0.25], atol=1e-2)
+
+
 def test_clamping_needs_the_normalisation():
     with pytest.raises(UserError, match="range of pixels follows from the network's normalisation"):
         ZeroQ(clamp=True).synthesize(Teacher.wrap(TinyResNet(), SHAPE), 4)

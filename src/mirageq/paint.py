@@ -129,13 +129,23 @@ class Canvas:
         return self._read(part)
 
     def draw(self, part: Part, parameters: Sequence[Parameters], render: Callable[[], Tensor], loss: Loss) -> Batch:
-        """As `paint`, but descend on `parameters`, from which `render()` computes the part's images (N, C, H, W)."""
+        """As `paint`, but descend on `parameters`, from which `render()` computes the part's images (N, C, H, W).
+
+        They have mean 0 and variance 1 in each channel. Where pixels have a range, two standard deviations reach its
+        ends, and what lies beyond is cut off before the teacher sees it.
+        """
+
+        def shown() -> Tensor:
+            if not self._range:
+                return render()
+            low, high = self._range
+            return ((low + high) / 2 + render() * (high - low) / 4).clamp(low, high)
+
         if self._set.finished < part.stop:
             name = self._name(part)
-            descend(parameters, render, loss, self.settings, part.stream("loss"), journal=self.journal, name=name)
+            descend(parameters, shown, loss, self.settings, part.stream("loss"), journal=self.journal, name=name)
             with torch.no_grad():
-                images = render()
-            self._write(part, images.clamp(*self._range) if self._range else images, None)
+                self._write(part, shown(), None)
         return self._read(part)
 
     def _name(self, part: Part) -> str:

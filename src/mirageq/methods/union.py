@@ -49,9 +49,7 @@ class Union:
         journal = journal or Journal()
         parts = []
         for index, (name, method) in enumerate(methods.items()):
-            wanted = (count - index - 1) // len(
-                methods
-            ) + 1  # the first ones make one more if it does not come out even
+            wanted = (count - index - 1) // len(methods) + 1  # one more of the first ones if it does not come out even
             parts.append(method.synthesize(teacher, wanted, seed=seed, journal=journal.within(name)).sample(wanted))
         shapes = [tuple(part.images.shape[1:]) for part in parts]
         if len(set(shapes)) > 1:
