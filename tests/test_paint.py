@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from mirageq import IntraQ, Teacher, UserError, ZeroQ
 from mirageq.journal import Journal
 from mirageq.methods.genie import Genie
+from mirageq.methods.real import Real
 from mirageq.paint import Canvas, Descent, cosine, paint
 from mirageq.testing import SHAPE, TinyResNet
 
@@ -108,6 +111,7 @@ def test_a_network_of_one_size_says_so(size):
     assert Canvas(teacher, 4, Descent(image_size=16), 0, Journal()).image_shape == SHAPE
 
 
-def test_an_image_size_is_positive():
+@pytest.mark.parametrize("settings", [Descent, partial(Real, path="images.npz")])
+def test_an_image_size_is_positive(settings):
     with pytest.raises(UserError, match="image_size is a number of pixels; got 0"):
-        Teacher.wrap(TinyResNet(), SHAPE).shape_at(0)
+        settings(image_size=0)

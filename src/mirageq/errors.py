@@ -41,6 +41,12 @@ def check_positive(settings: object, *names: str) -> None:
             raise UserError(f"{name} must be positive; got {getattr(settings, name)}.")
 
 
+def check_image_size(size: int | None) -> None:
+    """Raise a `UserError` unless images can have this many pixels a side; None stands for the network's own size."""
+    if size is not None and size < 1:
+        raise UserError(f"image_size is a number of pixels; got {size}.")
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, without its full stop; its name if it says nothing."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mirageq.errors import UserError, check_choices, check_positive
+from mirageq.errors import UserError, check_choices, check_image_size, check_positive
 from mirageq.images import Batch, GrowingSet, SyntheticSet
 from mirageq.journal import Journal
 from mirageq.observe import Glance, Observation, compiled
@@ -59,6 +59,7 @@ class Descent:
     def __post_init__(self) -> None:
         check_positive(self, "batch_size", "iterations", "lr", "patience")
         check_choices(self)
+        check_image_size(self.image_size)
 
 
 @dataclass(frozen=True)

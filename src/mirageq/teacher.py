@@ -111,8 +111,6 @@ class Teacher:
         channels, height, width = self.image_shape
         if size is None or size == height == width:
             return self.image_shape
-        if size < 1:
-            raise UserError(f"image_size is a number of pixels; got {size}.")
         try:
             fits = self.pseudo_labels(torch.zeros(2, channels, size, size, device=self.device)).shape == (2,)
         except RuntimeError:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from mirageq.data import open_images
-from mirageq.errors import UserError
+from mirageq.errors import UserError, check_image_size
 from mirageq.images import ImageSource, SyntheticSet
 from mirageq.journal import Journal
 from mirageq.seeding import stream
@@ -33,6 +33,9 @@ class Real:
 
     path: str
     image_size: int | None = None
+
+    def __post_init__(self) -> None:
+        check_image_size(self.image_size)
 
     def synthesize(self, teacher: Teacher, count: int, *, seed: int = 0, journal: Journal | None = None) -> ImageSource:
         """`count` of the file's images, chosen by the seed."""
