@@ -18,6 +18,7 @@ def test_rows_come_back_from_memory_and_from_a_file_that_vanishes(limit, tmp_pat
     assert cache.shape == (70, 5, 2, 2)
     assert first.shape == (4, 5, 2, 2)
     assert torch.equal(first[1], first[3])
+    assert first.is_contiguous(memory_format=torch.channels_last)
     again = cache.through(torch.nn.Identity(), torch.device("cpu"))
     assert torch.equal(again.take(chosen), first)
     del cache, again

@@ -1,4 +1,7 @@
-"""Activations of all images at one place of a network, in memory or in a file that goes with them."""
+"""Activations of all images at one place of a network, in memory or in a file that goes with them.
+
+Maps lie channels last: convolutions of few channels take a fifth of the time so.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ class Cache:
             if room is None:
                 shape = torch.Size((len(self), *result.shape[1:]))
                 fits = FLOAT_BYTES * math.prod(shape) <= self._limit
-                room = torch.empty(shape) if fits else Spilled(shape, self._folder)
+                room = _empty(shape) if fits else Spilled(shape, self._folder)
             room[start : start + len(result)] = result
         assert room is not None
         return Cache(room, self._folder, self._limit)
@@ -61,12 +64,21 @@ class Spilled:
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed with the object
 
     def __getitem__(self, chosen: Tensor) -> Tensor:
-        rows = torch.empty(len(chosen), *self.shape[1:])
-        for row, index in zip(rows, chosen.tolist(), strict=True):
+        rows = _empty(torch.Size((len(chosen), *self.shape[1:])))
+        for row, index in zip(_as_they_lie(rows), chosen.tolist(), strict=True):
             self._file.seek(index * self._row_bytes)
             self._file.readinto(row.numpy())  # type: ignore[attr-defined]
         return rows
 
     def __setitem__(self, place: slice, values: Tensor) -> None:
         self._file.seek(place.start * self._row_bytes)
-        self._file.write(values.contiguous().numpy().tobytes())
+        self._file.write(_as_they_lie(values).contiguous().numpy().tobytes())
+
+
+def _empty(shape: torch.Size) -> Tensor:
+    return torch.empty(shape, memory_format=torch.channels_last if len(shape) == 4 else torch.contiguous_format)
+
+
+def _as_they_lie(values: Tensor) -> Tensor:
+    """(N, C, H, W) as (N, H, W, C), the order in memory; other shapes as they are."""
+    return values.permute(0, 2, 3, 1) if values.dim() == 4 else values

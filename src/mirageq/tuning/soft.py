@@ -80,5 +80,5 @@ def dropping(quantized: Tensor, full: Tensor, drop: float, generator: torch.Gene
     """
     if not drop:
         return quantized
-    dropped = torch.rand(full.shape, generator=generator).lt_(drop).to(full)
+    dropped = torch.empty_like(full, device="cpu").uniform_(generator=generator).lt_(drop).to(full)
     return torch.lerp(quantized, full, dropped)
