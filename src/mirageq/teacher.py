@@ -109,18 +109,23 @@ class Teacher:
             UserError: the network does not take them.
         """
         channels, height, width = self.image_shape
-        if size is None or size == height == width:
+        if size is None:
             return self.image_shape
-        try:
-            fits = self.pseudo_labels(torch.zeros(2, channels, size, size, device=self.device)).shape == (2,)
-        except RuntimeError:
-            fits = False
-        if not fits:
+        if not self.takes((channels, size, size)):
             raise UserError(
                 f"The network takes images of {height} x {width} pixels and none of {size} x {size}. "
                 "Leave method.image_size out."
             )
         return channels, size, size
+
+    def takes(self, shape: tuple[int, ...]) -> bool:
+        """Whether the network has logits for images of this shape (C, H, W)."""
+        if shape == self.image_shape:
+            return True
+        try:
+            return self.pseudo_labels(torch.zeros(2, *shape, device=self.device)).shape == (2,)
+        except RuntimeError:
+            return False
 
     def pseudo_labels(self, images: Tensor) -> Tensor:
         """The classes (N,) this network assigns to images, for methods that assign none themselves."""

@@ -32,10 +32,10 @@ class Stored:
     def synthesize(self, teacher: Teacher, count: int, *, seed: int = 0, journal: Journal | None = None) -> ImageSource:
         """The first `count` images of the file."""
         stored = SyntheticSet.load(Path(self.path), seed=seed)
-        if tuple(stored.images.shape[1:]) != teacher.image_shape:
+        if not teacher.takes(shape := tuple(stored.images.shape[1:])):
             raise UserError(
-                f"{self.path} holds images of shape {tuple(stored.images.shape[1:])}, and the network takes "
-                f"{teacher.image_shape}. Give images made for this network."
+                f"{self.path} holds images of shape {shape}, and the network takes {teacher.image_shape}. "
+                "Give images made for this network."
             )
         if len(stored) < count:
             raise UserError(
