@@ -108,14 +108,15 @@ class Stumbling(Journal):
             raise KeyboardInterrupt
 
 
-def test_blends_are_images_too(teacher, source):
-    plain, blended = student_of(teacher, source), student_of(teacher, source)
+@pytest.mark.parametrize("more", [{"mixes": 1}, {"mirrored": True}])
+def test_blends_and_mirror_images_are_images_too(more, teacher, source):
+    plain, varied = student_of(teacher, source), student_of(teacher, source)
     settings = {"steps": 2, "batch_size": 32}
     with pytest.raises(UserError, match="larger than the 16 images"):
         Reconstruct(**settings, images=16).tune(teacher, plain, source)
-    Reconstruct(**settings, images=16, mixes=1).tune(teacher, blended, source)
+    Reconstruct(**settings, images=16, **more).tune(teacher, varied, source)
     with torch.no_grad():
-        assert not torch.equal(plain(source.sample(8).images), blended(source.sample(8).images))
+        assert not torch.equal(plain(source.sample(8).images), varied(source.sample(8).images))
 
 
 def test_an_interrupted_run_ends_with_the_same_bits(teacher, source, tmp_path):

@@ -50,6 +50,7 @@ class Reconstruct:
         steps: updates of each block.
         batch_size: images of an update.
         images: of the source, cached at the blocks' borders.
+        mirrored: their mirror images besides, which cost no synthesis.
         mixes: so many times as many blends of two of them besides (mixup): blocks cannot learn a small set by heart.
         lr: Adam's rate of the rounding.
         scale_lr: Adam's rate of the activations' steps, relative to their size; 0 leaves them as calibrated.
@@ -68,6 +69,7 @@ class Reconstruct:
     steps: int = 500
     batch_size: int = 32
     images: int = 512
+    mirrored: bool = False
     mixes: int = 0
     lr: float = 4e-2
     scale_lr: float = 4e-3
@@ -118,6 +120,8 @@ class Reconstruct:
     ) -> None:
         require_fixed_grids(student, "Reconstruction")
         images, blending = source.sample(self.images).images, stream(seed, "mixes")
+        if self.mirrored:
+            images = torch.cat([images, images.flip(-1)])
         images = torch.cat([images, *(mixed(images, blending) for _ in range(self.mixes))])
         if len(images) < self.batch_size:
             raise UserError(
