@@ -176,9 +176,12 @@ def test_a_soft_weight_begins_at_the_weight_and_ends_on_a_code_beside_it():
 def test_dropping_leaves_numbers_out_at_its_rate():
     quantizer = ActivationQuantizer("x", 2, False)
     quantizer.set_range(torch.tensor(0.0), torch.tensor(1.0))
-    x = torch.rand(100, 100)
+    x = torch.rand(4, 50, 10, 5).contiguous(memory_format=torch.channels_last)
     dropping = DroppingActivation(quantizer, 0.3, torch.Generator().manual_seed(0))
-    assert (dropping(x) == x).float().mean() == pytest.approx(0.3, abs=0.02)
+    dropped = dropping(x) == x
+    assert dropped.float().mean() == pytest.approx(0.3, abs=0.02)
+    assert all(share == pytest.approx(0.3, abs=0.1) for share in dropped.float().mean((0, 2, 3)))
+    assert dropping(x).stride() == x.stride()
     assert torch.equal(DroppingActivation(quantizer, 0.0, torch.Generator())(x), quantizer(x))
 
 

@@ -57,7 +57,8 @@ class Reconstruct:
         weight_scale_lr: the same for the weights' steps (GENIE-M); 0 leaves them.
         bias_lr: Adam's rate of the biases, and of the scales and shifts of BatchNorms that are not folded, as it is; 0
             leaves them.
-        drop: probability that a number is left in full precision while its block learns (QDrop); 0 never.
+        drop: probability, in steps of 1/256, that a number is left in full precision while its block learns (QDrop); 0
+            never.
         rounding_weight: of the term that makes roundings decide; it starts after a fifth of the steps.
         layers_per_block: neighbouring blocks with fewer layers are joined.
         most_layers: a block with more layers is taken layer by layer, and the journal says so.

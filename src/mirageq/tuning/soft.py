@@ -80,5 +80,15 @@ def dropping(quantized: Tensor, full: Tensor, drop: float, generator: torch.Gene
     """
     if not drop:
         return quantized
-    dropped = torch.empty_like(full, device="cpu").uniform_(generator=generator).lt_(drop).to(full)
-    return torch.lerp(quantized, full, dropped)
+    return torch.lerp(quantized, full, _chances(full, drop, generator))
+
+
+def _chances(like: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+    """1 with a probability (in steps of 1/256), else 0, shaped and laid out as `like`.
+
+    From a byte for each number, eight at a draw: a quarter of the time of `uniform_`.
+    """
+    layout = torch.empty_like(like, device="meta")
+    drawn = torch.empty(-(-like.numel() // 8), dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    chances = drawn.view(torch.uint8)[: like.numel()].as_strided(layout.shape, layout.stride())
+    return chances.to(like.dtype).lt_(256 * probability).to(like.device)
