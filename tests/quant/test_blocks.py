@@ -8,6 +8,7 @@ from torch import nn
 from mirageq import Scheme, Teacher
 from mirageq.quant import convert
 from mirageq.quant.blocks import between, find_blocks
+from mirageq.quant.quantizers import ActivationQuantizer
 from mirageq.testing import SHAPE, TinyDense, TinyResNet
 
 
@@ -24,6 +25,14 @@ def blocks_of(network, placement="paper", fewest=1):
 def test_a_residual_block_lies_between_two_cuts(placement):
     _, _, blocks = blocks_of(TinyResNet(), placement)
     assert [block.layers for block in blocks] == [("conv1",), ("conv2",), ("conv3",), ("linear",)]
+
+
+def test_a_block_ends_behind_its_activation_function_and_quantizer():
+    network = nn.Sequential(*(part for _ in range(3) for part in (nn.Conv2d(3, 3, 3), nn.ReLU6())), nn.Flatten())
+    _, graph, blocks = blocks_of(nn.Sequential(network, nn.Linear(300, 5)).eval(), "deploy")
+    assert len(blocks) == 4
+    for block in blocks[:-1]:
+        assert isinstance(graph.get_submodule(block.end.target), ActivationQuantizer)
 
 
 def test_what_has_no_cut_is_one_block():

@@ -44,7 +44,9 @@ def find_blocks(network: GraphModule, end: Node, fewest_layers: int = 2) -> list
     """The blocks between the image and `end`, in order; small neighbours are joined until they have `fewest_layers`."""
     graph = network.graph
     (start,) = graph.find_nodes(op="placeholder")
-    cuts = [node for node in _cuts(graph, start, end) if not _awaits_quantizer(network, node)]
+    cuts = _cuts(graph, start, end)
+    following = dict(zip(cuts, cuts[1:], strict=False))
+    cuts = [node for node in cuts if not _awaits_more(network, node, following.get(node))]
     if cuts[-1] is not end:
         cuts.append(end)
     blocks: list[Block] = []
@@ -120,9 +122,20 @@ def _is_tensor(node: Node) -> bool:
     return holds_numbers(node) or node.op == "call_module" or isinstance(node.meta.get("val"), torch.Tensor)
 
 
-def _awaits_quantizer(network: GraphModule, node: Node) -> bool:
-    """Whether a quantizer is what reads a node next; the block should end after it (but before one that narrows)."""
+def _awaits_more(network: GraphModule, node: Node, following: Node | None) -> bool:
+    """Whether an activation function or a quantizer comes next, after which the block should end.
+
+    What a ReLU throws away is no error, so blocks are compared behind it; and behind the first quantizer, but before
+    one that narrows.
+    """
     if node.op == "call_module":
         return False
     readers = [user for user in node.users if user.op == "call_module"]
-    return any(isinstance(network.get_submodule(user.target), ActivationQuantizer) for user in readers)
+    if any(isinstance(network.get_submodule(user.target), ActivationQuantizer) for user in readers):
+        return True
+    return following is not None and following.target not in WEIGHTED and _shape(following) == _shape(node)
+
+
+def _shape(node: Node) -> torch.Size | None:
+    value = node.meta.get("val")
+    return value.shape if isinstance(value, torch.Tensor) else None
