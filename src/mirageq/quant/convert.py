@@ -13,7 +13,6 @@ from torch.fx import GraphModule, Node
 
 from mirageq.errors import UserError
 from mirageq.graph import LINEAR, WEIGHTED, batch_norms, feature_node, layer_name, share, stored, weighted
-from mirageq.quant.dead_channels import silence_dead_channels
 from mirageq.quant.equalize import equalize
 from mirageq.quant.fold import fold_batch_norms
 from mirageq.quant.operations import free_name, stored_bias
@@ -55,7 +54,6 @@ def convert(network: GraphModule, scheme: Scheme) -> Student:
     remember_moments(module)
     if scheme.placement == "deploy":
         module = fold_batch_norms(module)
-        silence_dead_channels(module)
     if scheme.equalize:
         equalize(module)
     for parameter in module.parameters():

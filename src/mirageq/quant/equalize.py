@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from mirageq.graph import WEIGHTED, is_stored, stored, weighted
-from mirageq.quant.operations import CLAMPS, keeps_grid, kind, limits, stored_bias
+from mirageq.quant.operations import CLAMPS, kind, limits, stored_bias
 from mirageq.quant.remembered import MOMENTS
 
 ROUNDS = 20
@@ -28,16 +28,10 @@ SMALLEST_RANGE = 1e-8
 
 @dataclass(frozen=True)
 class Pair:
-    """Two layers with nothing but a ReLU and padding between them, and the tensors that equalization changes.
-
-    Attributes:
-        first, second: the layers, in order.
-        top: the largest value that passes the ReLU between them; None if there is none.
-    """
+    """Two layers with nothing but a ReLU between them, and the tensors that equalization changes."""
 
     first: Node
     second: Node
-    top: float | None
 
     def tensors(self, module: GraphModule) -> tuple[Tensor, Tensor | None, Tensor]:
         """The first layer's weight (O, ...) and bias, and the second's weight with its inputs in front: (O, ...)."""
@@ -54,7 +48,7 @@ class Pair:
 @torch.no_grad()
 def equalize(module: GraphModule) -> list[Pair]:
     """Equalize a network without batch normalisations in place; returns the pairs of layers that were found."""
-    pairs = [pair for pair in find_pairs(module) if pair.top in (None, math.inf)]
+    pairs = find_pairs(module)
     for _ in range(ROUNDS):
         for pair in pairs:
             before, bias, after = pair.tensors(module)
@@ -70,25 +64,15 @@ def equalize(module: GraphModule) -> list[Pair]:
 
 
 def find_pairs(module: GraphModule) -> list[Pair]:
-    """The pairs of neighbours: no other reader in between, no weight read twice."""
+    """The pairs of neighbours: no other reader in between, no weight read twice, a ReLU at most."""
     pairs = []
     for layer in weighted(module.graph):
-        node, reader, top = layer, _only_reader(layer), None
-        while reader is not None and (_is_relu(reader) or _pads_with_zeros(reader)):
-            if _is_relu(reader):
-                top = min(limits(reader)[1], math.inf if top is None else top)
+        node, reader = layer, _only_reader(layer)
+        while reader is not None and kind(reader) in CLAMPS and limits(reader) == (0.0, math.inf):
             node, reader = reader, _only_reader(reader)
         if reader is not None and reader.target in WEIGHTED and reader.args[0] is node and _fit(module, layer, reader):
-            pairs.append(Pair(layer, reader, top))
+            pairs.append(Pair(layer, reader))
     return pairs
-
-
-def _is_relu(node: Node) -> bool:
-    return kind(node) in CLAMPS and limits(node)[0] == 0
-
-
-def _pads_with_zeros(node: Node) -> bool:
-    return kind(node) in ("pad", "constant_pad_nd") and keeps_grid(node)
 
 
 def _only_reader(node: Node) -> Node | None:
