@@ -26,6 +26,8 @@ class Cache:
     """
 
     def __init__(self, values: Tensor | Spilled, folder: Path, limit: int) -> None:
+        if isinstance(values, Tensor):
+            values = values.contiguous(memory_format=_layout(values.dim()))
         self._values, self._folder, self._limit = values, folder, limit
 
     @property
@@ -76,7 +78,11 @@ class Spilled:
 
 
 def _empty(shape: torch.Size) -> Tensor:
-    return torch.empty(shape, memory_format=torch.channels_last if len(shape) == 4 else torch.contiguous_format)
+    return torch.empty(shape, memory_format=_layout(len(shape)))
+
+
+def _layout(dimensions: int) -> torch.memory_format:
+    return torch.channels_last if dimensions == 4 else torch.contiguous_format
 
 
 def _as_they_lie(values: Tensor) -> Tensor:

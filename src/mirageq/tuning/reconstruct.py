@@ -139,7 +139,6 @@ class Reconstruct:
         if done == len(blocks):
             return
         with tempfile.TemporaryDirectory() as folder, journal.stage("reconstruct", len(blocks), start=done) as advance:
-            images = images.contiguous(memory_format=torch.channels_last)
             full = quantized = Cache(images, Path(folder), self.cache_bytes // 3)  # of which three live at a time
             for index, block in enumerate(blocks):
                 run = between(network, block.start, block.end)
