@@ -7,7 +7,7 @@ from torch import nn
 
 from mirageq import Scheme, Teacher
 from mirageq.quant import convert
-from mirageq.quant.blocks import between, find_blocks
+from mirageq.quant.blocks import between, find_blocks, single_layers
 from mirageq.quant.quantizers import ActivationQuantizer
 from mirageq.testing import SHAPE, TinyDense, TinyResNet
 
@@ -38,6 +38,23 @@ def test_a_block_ends_behind_its_activation_function_and_quantizer():
 def test_what_has_no_cut_is_one_block():
     _, _, blocks = blocks_of(TinyDense())
     assert [block.layers for block in blocks] == [("first",), ("layers.0", "layers.1", "layers.2"), ("last",)]
+
+
+@pytest.mark.parametrize("placement", ["paper", "deploy"])
+def test_single_layers_of_a_block_end_behind_their_activation_function_and_quantizer(placement):
+    _, graph, blocks = blocks_of(TinyDense(), placement)
+    singles = single_layers(graph, blocks[1])
+    assert [single.layers for single in singles] == [("layers.0",), ("layers.1",), ("layers.2",)]
+    for single in singles:
+        assert isinstance(graph.get_submodule(single.end.target), ActivationQuantizer)
+
+
+def test_a_single_layer_that_a_sum_reads_ends_before_the_sum():
+    _, graph, blocks = blocks_of(TinyResNet(), "paper", fewest=4)
+    assert len(blocks) == 1
+    ends = {single.layers[0]: single.end for single in single_layers(graph, blocks[0])}
+    assert all("add" not in str(end.target) for end in ends.values())
+    assert isinstance(graph.get_submodule(ends["conv1"].target), ActivationQuantizer)
 
 
 def test_small_neighbours_are_joined():

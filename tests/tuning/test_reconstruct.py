@@ -135,11 +135,13 @@ def test_an_interrupted_run_ends_with_the_same_bits(teacher, source, tmp_path):
 def test_a_network_without_blocks_is_taken_layer_by_layer_and_it_is_said(source):
     teacher = Teacher.wrap(TinyDense(), SHAPE)
     student = student_of(teacher, source)
+    steps = {name: float(part.scale) for name, part in student.activation_quantizers.items()}
     journal = Journal()
     Reconstruct(**QUICK, layers_per_block=1, most_layers=2).tune(teacher, student, source, journal=journal)
     notes = [row["text"] for row in journal.history if row["stage"] == "note"]
     assert len(notes) == 1
     assert "Between 'layers.0' and 'layers.2' no block" in notes[0]
+    assert all(float(part.scale) != steps[name] for name, part in student.activation_quantizers.items())
     for name, quantizer in student.weight_quantizers.items():
         weight = student.network.get_parameter(f"{name}.weight").detach()
         assert quantizer(weight)[0] == pytest.approx(weight, abs=1e-6)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from mirageq.graph import WEIGHTED, share
+from mirageq.graph import WEIGHTED, is_stored, share
 from mirageq.quant.operations import holds_numbers
 from mirageq.quant.quantizers import ActivationQuantizer, WeightQuantizer
 
@@ -81,9 +81,16 @@ def layers_between(network: GraphModule, start: Node, end: Node) -> tuple[str, .
     return tuple(part.name for part in found if isinstance(part, WeightQuantizer))
 
 
-def layer_nodes(start: Node, end: Node) -> list[Node]:
-    """The convolutions and linear layers between two nodes."""
-    return [node for node in _ancestors(start, end) if node.target in WEIGHTED]
+def single_layers(network: GraphModule, block: Block) -> list[Block]:
+    """The quantized layers of a block one by one, each as far as nothing but it is computed with."""
+    singles = []
+    for node in _ancestors(block.start, block.end):
+        if node.target in WEIGHTED and (layers := layers_between(network, node.args[0], node)):
+            end, reader = node, _only_reader(node)
+            while end is not block.end and reader is not None and _awaits_more(network, end, reader):
+                end, reader = reader, _only_reader(reader)
+            singles.append(Block(node.args[0], end, layers))
+    return singles
 
 
 def _ancestors(start: Node, end: Node) -> list[Node]:
@@ -134,6 +141,13 @@ def _awaits_more(network: GraphModule, node: Node, following: Node | None) -> bo
     if any(isinstance(network.get_submodule(user.target), ActivationQuantizer) for user in readers):
         return True
     return following is not None and following.target not in WEIGHTED and _shape(following) == _shape(node)
+
+
+def _only_reader(node: Node) -> Node | None:
+    """What reads the node and nothing else that is computed from the image, if no other does."""
+    reader = next(iter(node.users)) if len(node.users) == 1 else None
+    alone = reader is not None and all(source is node or is_stored(source) for source in reader.all_input_nodes)
+    return reader if alone else None
 
 
 def _shape(node: Node) -> torch.Size | None:

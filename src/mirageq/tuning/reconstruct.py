@@ -31,7 +31,7 @@ from mirageq.images import ImageSource
 from mirageq.journal import Checkpoint, Journal
 from mirageq.paint import cosine
 from mirageq.quant import Student
-from mirageq.quant.blocks import Block, between, find_blocks, layer_nodes, layers_between
+from mirageq.quant.blocks import Block, between, find_blocks, single_layers
 from mirageq.quant.quantizers import ActivationQuantizer, WeightQuantizer, in_float
 from mirageq.seeding import stream
 from mirageq.teacher import Teacher
@@ -168,16 +168,14 @@ class Reconstruct:
             f"its {len(block.layers)} layers are reconstructed one by one."
         )
         errors = []
-        for node in layer_nodes(block.start, block.end):
-            if layers := layers_between(network, node.args[0], node):
-                reach = between(network, block.start, node.args[0])
-                single = Block(node.args[0], node, layers)
-                device = next(network.parameters()).device
-                seen = quantized.through(reach, device)
-                with in_float(network):
-                    wanted = full.through(reach, device)
-                    given = wanted.through(between(network, single.start, single.end), device)
-                errors.append(self._fit(network, single, seen, wanted, given, seed))
+        device = next(network.parameters()).device
+        for single in single_layers(network, block):
+            reach = between(network, block.start, single.start)
+            seen = quantized.through(reach, device)
+            with in_float(network):
+                wanted = full.through(reach, device)
+                given = wanted.through(between(network, single.start, single.end), device)
+            errors.append(self._fit(network, single, seen, wanted, given, seed))
         return sum(before for before, _ in errors), sum(after for _, after in errors)
 
     def _fit(
