@@ -210,3 +210,14 @@ def test_what_cannot_work_is_said(teacher, source):
         broken.network.get_parameter("conv3.weight").fill_(torch.nan)
     with pytest.raises(UserError, match=r"The loss of block .* became nan.*Lower tuner\.lr"):
         Reconstruct(**QUICK).tune(teacher, broken, source)
+
+
+def test_steps_of_all_channels_learn_at_one_rate_relative_to_their_size():
+    torch.manual_seed(0)
+    weight = torch.randn(3, 8) * torch.tensor([[1.0], [1e-2], [1e2]])
+    soft = SoftWeight(WeightQuantizer("layer", weight, 4, True, "mse"), weight, learn_scale=True)
+    before = soft.scale.detach().clone()
+    optimizer = torch.optim.Adam([soft.factor], lr=0.1)
+    (soft(weight)[0] / weight.abs().amax(1, keepdim=True)).sum().backward()
+    optimizer.step()
+    assert (soft.scale / before - 1).abs().flatten().tolist() == pytest.approx([0.1] * 3, rel=1e-2)

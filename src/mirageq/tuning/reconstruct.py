@@ -54,7 +54,7 @@ class Reconstruct:
         mixes: so many times as many blends of two of them besides (mixup): blocks cannot learn a small set by heart.
         lr: Adam's rate of the rounding.
         scale_lr: Adam's rate of the activations' steps, relative to their size; 0 leaves them as calibrated.
-        weight_scale_lr: the same for the weights' steps (GENIE-M); 0 leaves them.
+        weight_scale_lr: the same for the weights' steps, channel by channel (GENIE-M); 0 leaves them.
         bias_lr: Adam's rate of the biases, and of the scales and shifts of BatchNorms that are not folded, as it is; 0
             leaves them.
         drop: probability, in steps of 1/256, that a number is left in full precision while its block learns (QDrop); 0
@@ -187,9 +187,8 @@ class Reconstruct:
         weights, activations = self._soften(network, run, generator)
         groups: list[dict[str, Any]] = [{"params": [part.up for part in weights.values()]}]
         groups += [
-            {"params": [part.scale], "rate": rate * float(part.scale.detach().mean())}
+            {"params": [part.factor for part in parts.values()], "rate": rate}
             for parts, rate in ((activations, self.scale_lr), (weights, self.weight_scale_lr))
-            for part in parts.values()
             if rate
         ]
         if self.bias_lr:

@@ -27,11 +27,18 @@ class SoftWeight(nn.Module):
         self.base = steps.floor()
         share = ((steps - self.base) - STRETCH[0]) / (STRETCH[1] - STRETCH[0])
         self.up = nn.Parameter(torch.logit(share.clamp(1e-4, 1 - 1e-4)))
-        self.scale = nn.Parameter(scale, requires_grad=learn_scale)
+        self.start = scale
+        self.factor = nn.Parameter(torch.ones_like(scale), requires_grad=learn_scale)
+
+    @property
+    def scale(self) -> Tensor:
+        """(O, 1, ...): each channel's, however small, learns at a rate relative to where it started."""
+        return (self.start * self.factor).clamp(min=SMALLEST_SCALE)
 
     def forward(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         codes = torch.minimum(torch.maximum(self.base + self.share(), self.low), self.high)
-        return codes * self.scale, self.scale.detach()
+        scale = self.scale
+        return codes * scale, scale.detach()
 
     def share(self) -> Tensor:
         """h: how far each code is on its way from the lower to the upper one."""
@@ -45,7 +52,7 @@ class SoftWeight(nn.Module):
     def settle(self, quantizer: WeightQuantizer, weight: nn.Parameter) -> None:
         """Move the weight to the codes that were chosen, and the quantizer's step to the one that was learned."""
         codes = torch.minimum(torch.maximum(self.base + (self.share() >= 0.5).float(), self.low), self.high)
-        quantizer.fix(self.scale.detach().clamp(min=SMALLEST_SCALE))
+        quantizer.fix(self.scale.detach())
         weight.copy_(codes * quantizer.scale)  # type: ignore[operator]
 
 
@@ -59,18 +66,23 @@ class DroppingActivation(nn.Module):
     def __init__(self, quantizer: ActivationQuantizer, drop: float, generator: torch.Generator) -> None:
         super().__init__()
         self.bounds = grid(quantizer.bits, quantizer.symmetric)
-        self.scale = nn.Parameter(quantizer.scale.detach().clone())  # type: ignore[operator]
+        self.start = quantizer.scale.detach().clone()  # type: ignore[operator]
+        self.factor = nn.Parameter(torch.ones_like(self.start))
         self.zero_point = quantizer.zero_point
         self.drop, self.generator = drop, generator
 
+    @property
+    def scale(self) -> Tensor:
+        """As the quantizer's, which it starts from."""
+        return (self.start * self.factor).clamp(min=SMALLEST_SCALE)
+
     def forward(self, x: Tensor) -> Tensor:
-        scale = self.scale.clamp(min=SMALLEST_SCALE)
-        quantized = learned_fake_quantize(x, scale, self.zero_point, *self.bounds)  # type: ignore[arg-type]
+        quantized = learned_fake_quantize(x, self.scale, self.zero_point, *self.bounds)  # type: ignore[arg-type]
         return dropping(quantized, x, self.drop, self.generator)
 
     @torch.no_grad()
     def settle(self, quantizer: ActivationQuantizer) -> None:
-        quantizer.scale.copy_(self.scale.clamp(min=SMALLEST_SCALE))  # type: ignore[operator]
+        quantizer.scale.copy_(self.scale)  # type: ignore[operator]
 
 
 def dropping(quantized: Tensor, full: Tensor, drop: float, generator: torch.Generator) -> Tensor:
