@@ -82,7 +82,7 @@ def layers_between(network: GraphModule, start: Node, end: Node) -> tuple[str, .
 
 
 def single_layers(network: GraphModule, block: Block) -> list[Block]:
-    """The quantized layers of a block one by one, each as far as nothing but it is computed with."""
+    """The quantized layers of a block one by one, up to the activation function and quantizer that it alone feeds."""
     singles = []
     for node in _ancestors(block.start, block.end):
         if node.target in WEIGHTED and (layers := layers_between(network, node.args[0], node)):
