@@ -15,7 +15,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from mirageq.graph import WEIGHTED, is_stored, share
-from mirageq.quant.operations import holds_numbers
+from mirageq.quant.operations import holds_numbers, only_reader
 from mirageq.quant.quantizers import ActivationQuantizer, WeightQuantizer
 
 BATCH_SIZE = torch.ops.aten.sym_size.int
@@ -82,13 +82,13 @@ def layers_between(network: GraphModule, start: Node, end: Node) -> tuple[str, .
 
 
 def single_layers(network: GraphModule, block: Block) -> list[Block]:
-    """The quantized layers of a block one by one, up to the activation function and quantizer that it alone feeds."""
+    """The quantized layers of a block, each up to the activation function and quantizer that it alone feeds."""
     singles = []
     for node in _ancestors(block.start, block.end):
         if node.target in WEIGHTED and (layers := layers_between(network, node.args[0], node)):
-            end, reader = node, _only_reader(node)
+            end, reader = node, _fed_alone(node)
             while end is not block.end and reader is not None and _awaits_more(network, end, reader):
-                end, reader = reader, _only_reader(reader)
+                end, reader = reader, _fed_alone(reader)
             singles.append(Block(node.args[0], end, layers))
     return singles
 
@@ -143,9 +143,9 @@ def _awaits_more(network: GraphModule, node: Node, following: Node | None) -> bo
     return following is not None and following.target not in WEIGHTED and _shape(following) == _shape(node)
 
 
-def _only_reader(node: Node) -> Node | None:
-    """What reads the node and nothing else that is computed from the image, if no other does."""
-    reader = next(iter(node.users)) if len(node.users) == 1 else None
+def _fed_alone(node: Node) -> Node | None:
+    """The only reader of a node, if it is computed from nothing else but stored tensors."""
+    reader = only_reader(node)
     alone = reader is not None and all(source is node or is_stored(source) for source in reader.all_input_nodes)
     return reader if alone else None
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from mirageq.graph import WEIGHTED, is_stored, stored, weighted
-from mirageq.quant.operations import CLAMPS, kind, limits, stored_bias
+from mirageq.quant.operations import CLAMPS, kind, limits, only_reader, stored_bias
 from mirageq.quant.remembered import MOMENTS
 
 ROUNDS = 20
@@ -67,16 +67,12 @@ def find_pairs(module: GraphModule) -> list[Pair]:
     """The pairs of neighbours: no other reader in between, no weight read twice, a ReLU at most."""
     pairs = []
     for layer in weighted(module.graph):
-        node, reader = layer, _only_reader(layer)
+        node, reader = layer, only_reader(layer)
         while reader is not None and kind(reader) in CLAMPS and limits(reader) == (0.0, math.inf):
-            node, reader = reader, _only_reader(reader)
+            node, reader = reader, only_reader(reader)
         if reader is not None and reader.target in WEIGHTED and reader.args[0] is node and _fit(module, layer, reader):
             pairs.append(Pair(layer, reader))
     return pairs
-
-
-def _only_reader(node: Node) -> Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def _fit(module: GraphModule, first: Node, second: Node) -> bool:

@@ -95,6 +95,11 @@ def main_input(node: Node) -> Node | None:
     return first if isinstance(first, Node) else None
 
 
+def only_reader(node: Node) -> Node | None:
+    """The node that reads this one, if exactly one does."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
 def holds_numbers(node: Node) -> bool:
     value = node.meta.get("val")
     values = value if isinstance(value, (tuple, list)) else (value,)

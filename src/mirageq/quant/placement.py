@@ -29,6 +29,7 @@ from mirageq.quant.operations import (
     kind,
     limits,
     main_input,
+    only_reader,
     stored_bias,
 )
 from mirageq.quant.scheme import Placement
@@ -147,8 +148,8 @@ def _is_activation_function(node: Node) -> bool:
 
 def _cut_by_next(node: Node) -> bool:
     """Whether the one reader of a node is a clamp, which then is what gets quantized."""
-    readers = list(node.users)
-    return len(readers) == 1 and kind(readers[0]) in CLAMPS and main_input(readers[0]) is node and not keeps_grid(node)
+    reader = only_reader(node)
+    return reader is not None and kind(reader) in CLAMPS and main_input(reader) is node and not keeps_grid(node)
 
 
 def _never_negative(flow: Flow) -> set[Node]:

@@ -11,7 +11,21 @@ from mirageq.quant.quantizers import ActivationQuantizer, WeightQuantizer
 STRETCH = (-0.1, 1.1)
 
 
-class SoftWeight(nn.Module):
+class _LearnedScale(nn.Module):
+    """A scale, of any shape, whose every number learns at a rate relative to where it started, however small."""
+
+    def __init__(self, start: Tensor, learned: bool = True) -> None:
+        super().__init__()
+        self.start = start
+        self.factor = nn.Parameter(torch.ones_like(start), requires_grad=learned)
+
+    @property
+    def scale(self) -> Tensor:
+        """The scale as it stands."""
+        return (self.start * self.factor).clamp(min=SMALLEST_SCALE)
+
+
+class SoftWeight(_LearnedScale):
     """A weight whose codes are floor(w / s) + h, h in [0, 1] learned and pushed to its ends (AdaRound, eqs. 21-24).
 
     Nagel et al., ICML 2020. h is a stretched sigmoid, so that it reaches 0 and 1. With `learn_scale` the step learns
@@ -19,21 +33,14 @@ class SoftWeight(nn.Module):
     """
 
     def __init__(self, quantizer: WeightQuantizer, weight: Tensor, learn_scale: bool) -> None:
-        super().__init__()
         scale, zero_point = (value.detach().clone() for value in quantizer.affine(weight))
+        super().__init__(scale, learn_scale)
         low, high = grid(quantizer.bits, quantizer.symmetric)
         self.low, self.high = low - zero_point, high - zero_point
         steps = weight.detach() / scale
         self.base = steps.floor()
         share = ((steps - self.base) - STRETCH[0]) / (STRETCH[1] - STRETCH[0])
         self.up = nn.Parameter(torch.logit(share.clamp(1e-4, 1 - 1e-4)))
-        self.start = scale
-        self.factor = nn.Parameter(torch.ones_like(scale), requires_grad=learn_scale)
-
-    @property
-    def scale(self) -> Tensor:
-        """(O, 1, ...): each channel's, however small, learns at a rate relative to where it started."""
-        return (self.start * self.factor).clamp(min=SMALLEST_SCALE)
 
     def forward(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         codes = torch.minimum(torch.maximum(self.base + self.share(), self.low), self.high)
@@ -56,7 +63,7 @@ class SoftWeight(nn.Module):
         weight.copy_(codes * quantizer.scale)  # type: ignore[operator]
 
 
-class DroppingActivation(nn.Module):
+class DroppingActivation(_LearnedScale):
     """An activation whose step learns (LSQ) and whose quantization is left out at random (QDrop).
 
     Wei et al., ICLR 2022. Each number stays in full precision with probability `drop`, which flattens the loss around
@@ -64,17 +71,10 @@ class DroppingActivation(nn.Module):
     """
 
     def __init__(self, quantizer: ActivationQuantizer, drop: float, generator: torch.Generator) -> None:
-        super().__init__()
+        super().__init__(quantizer.scale.detach().clone())  # type: ignore[operator]
         self.bounds = grid(quantizer.bits, quantizer.symmetric)
-        self.start = quantizer.scale.detach().clone()  # type: ignore[operator]
-        self.factor = nn.Parameter(torch.ones_like(self.start))
         self.zero_point = quantizer.zero_point
         self.drop, self.generator = drop, generator
-
-    @property
-    def scale(self) -> Tensor:
-        """As the quantizer's, which it starts from."""
-        return (self.start * self.factor).clamp(min=SMALLEST_SCALE)
 
     def forward(self, x: Tensor) -> Tensor:
         quantized = learned_fake_quantize(x, self.scale, self.zero_point, *self.bounds)  # type: ignore[arg-type]
