@@ -92,12 +92,14 @@ class Protocol:
     def sentences(self) -> str:
         """The protocol in words, for people."""
         scheme, tuner = self.recipe["scheme"], self.recipe["tuner"]
-        placement, ends, residual = (scheme.get(key) for key in ("placement", "first_last_bits", "residual_bits"))
+        placement, ends = scheme["placement"], scheme.get("first_last_bits")
+        first, residual = scheme.get("first_output_bits"), scheme.get("residual_bits")
         return (
             f"Network {self.network} (weights {self.weights_sha256[:12]}), full precision {self.full_precision:.2f} % "
             f"top-1 on {self.count:,} images of {self.data} ({self.data_sha256[:12]}).\n"
             f"Quantized (`{placement}`): {PLACES[placement]}; "
             f"first and last layer at {f'{ends} bits' if ends else 'the same bits'}"
+            f"{f', what the first layer gives at {first} bits' if first else ''}"
             f"{f', what sums and pooling read at {residual} bits' if residual else ''}.\n"
             f"Static ranges: weights {scheme['weight_range']}, activations {scheme['activation_range']} on "
             f"{self.recipe['calibration_images']} of the method's {self.recipe['images']} images.\n"

@@ -58,7 +58,7 @@ def student_of(network, images, **scheme):
 SCHEMES = [
     {"weight_bits": 8, "activation_bits": 8, "placement": "deploy"},
     {"weight_bits": 4, "activation_bits": 4, "placement": "deploy", "weight_range": "mse", "activation_range": "mse"},
-    {"weight_bits": 3, "activation_bits": 5, "placement": "deploy", "first_last_bits": 8},
+    {"weight_bits": 3, "activation_bits": 5, "placement": "deploy", "first_last_bits": 8, "first_output_bits": 8},
     {"weight_bits": 4, "activation_bits": 4, "placement": "paper"},
     {"weight_bits": 4, "activation_bits": 3, "placement": "deploy", "activation_range": "mse", "residual_bits": 8},
     {"weight_bits": 8, "activation_bits": 8, "placement": "deploy", "activation_symmetric": True},

@@ -146,6 +146,25 @@ def test_first_and_last_bits():
     assert placed(TinyResNet(), "deploy").activation_quantizers["image"].bits == 8
 
 
+def test_the_first_layer_may_give_more_bits():
+    settings = {"activation_bits": 3, "first_output_bits": 8}
+    bits = {name: part.bits for name, part in placed(TinyResNet(), **settings).activation_quantizers.items()}
+    assert bits == {"image": 8, "conv1": 8, "conv2": 3, "conv2.add": 3, "conv3": 3, "conv3.mean": 3}
+    beside = placed(TinyResNet(), residual_bits=7, **settings).activation_quantizers
+    assert beside["conv1"].bits == 8
+    assert "conv1.requantized" not in beside
+    paper = placed(TinyResNet(), "paper", **settings).activation_quantizers
+    assert [paper[name].bits for name in ("conv1", "conv2.add")] == [8, 3]
+    gated = placed(Net(lambda net, x: net.conv2(F.silu(x))), **settings).activation_quantizers
+    assert {name: part.bits for name, part in gated.items()} == {
+        "image": 8,
+        "conv": 8,
+        "conv.silu": 8,
+        "conv2": 3,
+        "conv2.mean": 3,
+    }
+
+
 def test_residual_bits_are_for_what_sums_and_pooling_read():
     settings = {"activation_bits": 3, "first_last_bits": 4, "residual_bits": 7}
     bits = {name: part.bits for name, part in placed(TinyResNet(), **settings).activation_quantizers.items()}

@@ -33,6 +33,7 @@ def test_bits_out_of_range(text, what):
         ({"activation_bits": None}, "activation_bits .* got None"),
         ({"first_last_bits": 9}, "first_last_bits .* got 9"),
         ({"residual_bits": 0}, "residual_bits .* got 0"),
+        ({"first_output_bits": 9}, "first_output_bits .* got 9"),
         ({"weight_bits": 4.0}, "weight_bits .* got 4.0"),
         ({"placement": "deplyo"}, "Unknown placement 'deplyo'; did you mean 'deploy'"),
         ({"weight_range": "ema"}, "Unknown weight_range 'ema'"),

@@ -9,14 +9,14 @@ import copy
 import operator
 
 from torch import nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from mirageq.errors import UserError
 from mirageq.graph import LINEAR, WEIGHTED, batch_norms, feature_node, layer_name, share, stored, weighted
 from mirageq.quant.equalize import equalize
 from mirageq.quant.fold import fold_batch_norms
 from mirageq.quant.operations import free_name, stored_bias
-from mirageq.quant.placement import Plan, feeding, plan
+from mirageq.quant.placement import Plan, activations, feeding, plan
 from mirageq.quant.quantizers import ActivationQuantizer, BiasQuantizer, WeightQuantizer
 from mirageq.quant.remembered import MOMENTS, remember_moments
 from mirageq.quant.scheme import Scheme
@@ -65,7 +65,8 @@ def convert(network: GraphModule, scheme: Scheme) -> Student:
     reads = {layer: (layer.args[0], stored_bias(layer)) for layer in layers}  # before quantizers come between
 
     read = {feeding(source, planned) for source, _ in reads.values()}
-    paths = _quantize_activations(module, planned, scheme, read, feeding(last.args[0], planned))
+    bits = _special_bits(graph, planned, scheme, layers[0], last)
+    paths = _quantize_activations(module, planned, scheme, read, bits)
     scales = _quantize_weights(module, layers, scheme, {layers[0].args[1].target, last.args[1].target})
     if scheme.placement == "deploy":
         _round_biases(module, reads, planned, paths, scales)
@@ -77,18 +78,24 @@ def convert(network: GraphModule, scheme: Scheme) -> Student:
     return Student(share(module, graph), scheme, planned.left_in_float, float_bytes)
 
 
+def _special_bits(graph: Graph, planned: Plan, scheme: Scheme, first: Node, last: Node) -> dict[Node | None, int]:
+    """The bits of the image, and of what the scheme names apart: what the first layer gives, what the last reads."""
+    bits: dict[Node | None, int] = {}
+    if scheme.first_output_bits is not None:
+        bits |= {node: scheme.first_output_bits for node, layer in activations(graph).items() if layer is first}
+    if scheme.first_last_bits is not None:
+        bits[feeding(last.args[0], planned)] = scheme.first_last_bits
+    return bits | {node: IMAGE_BITS for node in graph.find_nodes(op="placeholder")}
+
+
 def _quantize_activations(
-    module: GraphModule, planned: Plan, scheme: Scheme, read: set[Node | None], last_input: Node | None
+    module: GraphModule, planned: Plan, scheme: Scheme, read: set[Node | None], special: dict[Node | None, int]
 ) -> dict[Node, str]:
     """Put a quantizer after each planned node; returns node -> the path of what layers read. `read`: by layers."""
     paths = {}
     for name, node in planned.quantized.items():
-        bits, narrowed = scheme.activation_bits, []
-        if node.op == "placeholder":
-            bits = IMAGE_BITS
-        elif node is last_input and scheme.first_last_bits is not None:
-            bits = scheme.first_last_bits
-        elif scheme.residual_bits is not None and scheme.residual_bits != bits:
+        bits, narrowed = special.get(node, scheme.activation_bits), []
+        if node not in special and scheme.residual_bits is not None and scheme.residual_bits != bits:
             narrowed = _layers_alone(node, planned)
             if node not in read or narrowed:
                 bits = scheme.residual_bits

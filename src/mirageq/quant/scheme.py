@@ -24,6 +24,8 @@ class Scheme:
         weight_bits: 2..8, per output channel.
         activation_bits: 2..8, per tensor.
         first_last_bits: bits of the first and last layers' weights and of the last layer's input; None: as the rest.
+        first_output_bits: bits of what the first layer gives, its activation function included; None: as the rest. With
+            8, what BRECQ and its successors report as "first and last layer in 8 bits".
         residual_bits: bits of activations that sums, products or pooling read; None: as the rest. Where a layer reads
             the same activation, it is requantized for it to `activation_bits`. A runtime keeps such a stream in 8 bits
             whatever it holds; published results leave it in float.
@@ -54,6 +56,7 @@ class Scheme:
     weight_bits: int = 4
     activation_bits: int = 4
     first_last_bits: int | None = None
+    first_output_bits: int | None = None
     residual_bits: int | None = None
     placement: Placement = "paper"
     weight_symmetric: bool | None = None
@@ -67,7 +70,7 @@ class Scheme:
     learned_steps: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("weight_bits", "activation_bits", "first_last_bits", "residual_bits"):
+        for name in ("weight_bits", "activation_bits", "first_last_bits", "first_output_bits", "residual_bits"):
             bits = getattr(self, name)
             if name in ("weight_bits", "activation_bits") or bits is not None:
                 _check_bits(name, bits)
