@@ -25,7 +25,7 @@ class Scheme:
         activation_bits: 2..8, per tensor.
         first_last_bits: bits of the first and last layers' weights and of the last layer's input; None: as the rest.
         first_output_bits: bits of what the first layer gives, its activation function included; None: as the rest. With
-            8, what BRECQ and its successors report as "first and last layer in 8 bits".
+            8, what BRECQ (Li et al., ICLR 2021) means by first and last layer in 8 bits.
         residual_bits: bits of activations that sums, products or pooling read; None: as the rest. Where a layer reads
             the same activation, it is requantized for it to `activation_bits`. A runtime keeps such a stream in 8 bits
             whatever it holds; published results leave it in float.
