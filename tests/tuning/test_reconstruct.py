@@ -119,13 +119,14 @@ def test_blends_and_mirror_images_are_images_too(more, teacher, source):
         assert not torch.equal(plain(source.sample(8).images), varied(source.sample(8).images))
 
 
-def test_an_interrupted_run_ends_with_the_same_bits(teacher, source, tmp_path):
-    whole, parts = student_of(teacher, source), student_of(teacher, source)
-    settings = Reconstruct(**QUICK, layers_per_block=1)
+@pytest.mark.parametrize("placement", ["paper", "deploy"])
+def test_an_interrupted_run_ends_with_the_same_bits(placement, teacher, source, tmp_path):
+    whole, parts, again = (student_of(teacher, source, placement=placement) for _ in range(3))
+    settings = Reconstruct(**QUICK, bias_lr=1e-2, layers_per_block=1)
     settings.tune(teacher, whole, source)
-    with pytest.raises(KeyboardInterrupt):
-        settings.tune(teacher, parts, source, journal=Stumbling(tmp_path, 1))
-    again = student_of(teacher, source)
+    with pytest.raises(KeyboardInterrupt):  # in the second block, with the first one settled
+        settings.tune(teacher, parts, source, journal=Stumbling(tmp_path, 2))
+    assert (tmp_path / "checkpoints" / "reconstruct.pt").exists()
     settings.tune(teacher, again, source, journal=Journal(tmp_path))
     images = source.sample(8).images
     with torch.no_grad():

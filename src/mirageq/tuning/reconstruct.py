@@ -30,16 +30,20 @@ from mirageq.errors import UserError
 from mirageq.images import ImageSource
 from mirageq.journal import Checkpoint, Journal
 from mirageq.paint import cosine
-from mirageq.quant import Student
+from mirageq.quant import Student, convert
 from mirageq.quant.blocks import Block, between, find_blocks, single_layers
 from mirageq.quant.quantizers import ActivationQuantizer, WeightQuantizer, in_float
 from mirageq.seeding import stream
 from mirageq.teacher import Teacher
-from mirageq.tuning.cache import Cache
+from mirageq.tuning.cache import CHUNK, Cache
 from mirageq.tuning.contract import Tuner, require_fixed_grids
 from mirageq.tuning.soft import DroppingActivation, SoftWeight, dropping
 
+Side = tuple[GraphModule, Block, Cache]
+"""A network, one of its blocks, and what the block reads."""
+
 LOOKED_AT = 128  # images on which a block's error is told
+LIVING_CACHES = 4  # activations of all images that are held at a time, the images besides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,52 +133,49 @@ class Reconstruct:
                 f"The batch size {self.batch_size} is larger than the {len(images)} images to reconstruct on. "
                 "Make more images or use a smaller batch."
             )
+        device = teacher.device
         network = student.logits_network()
-        (output,) = network.graph.find_nodes(op="output")
-        blocks = find_blocks(network, output.args[0], self.layers_per_block)
+        reference = convert(teacher.network, student.scheme).to(device).logits_network()  # the same graph, untouched
+        blocks = _blocks(network, self.layers_per_block)
+        meant = _blocks(reference, self.layers_per_block)
         done = 0
         if state := checkpoint.load():
             student.load_state_dict(state["student"])
             done = state["done"]
         if done == len(blocks):
             return
-        with tempfile.TemporaryDirectory() as folder, journal.stage("reconstruct", len(blocks), start=done) as advance:
-            full = quantized = Cache(images, Path(folder), self.cache_bytes // 3)  # of which three live at a time
-            for index, block in enumerate(blocks):
-                run = between(network, block.start, block.end)
-                with in_float(network):
-                    target = full.through(run, teacher.device)
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            in_float(reference),
+            journal.stage("reconstruct", len(blocks), start=done) as advance,
+        ):
+            full = quantized = Cache(images, Path(folder), self.cache_bytes // LIVING_CACHES)
+            for index, (block, twin) in enumerate(zip(blocks, meant, strict=True)):
+                target = full.through(between(reference, twin.start, twin.end), device)
                 if index >= done:
-                    before, after = self._reconstruct(network, block, quantized, full, target, seed, journal)
+                    if len(block.layers) <= self.most_layers:
+                        before, after = self._fit(network, block, quantized, full, target, seed)
+                    else:
+                        sides = (network, block, quantized), (reference, twin, full)
+                        before, after = self._fit_layers(*sides, seed, journal)
                     advance(index, before=before, after=after)
                     checkpoint.save({"student": student.state_dict(), "done": index + 1})
-                quantized, full = quantized.through(run, teacher.device), target
+                full = target
+                quantized = quantized.through(between(network, block.start, block.end), device)
 
-    def _reconstruct(
-        self,
-        network: GraphModule,
-        block: Block,
-        quantized: Cache,
-        full: Cache,
-        target: Cache,
-        seed: int,
-        journal: Journal,
-    ) -> tuple[float, float]:
-        """Fit one block; its mean squared error before and after."""
-        if len(block.layers) <= self.most_layers:
-            return self._fit(network, block, quantized, full, target, seed)
+    def _fit_layers(self, student: Side, reference: Side, seed: int, journal: Journal) -> tuple[float, float]:
+        """Fit the layers of a block one by one; the sums of their mean squared errors before and after."""
+        (network, block, quantized), (untouched, twin, full) = student, reference
         journal.say(
             f"Between '{block.layers[0]}' and '{block.layers[-1]}' no block with one input and one output was found; "
             f"its {len(block.layers)} layers are reconstructed one by one."
         )
         errors = []
         device = next(network.parameters()).device
-        for single in single_layers(network, block):
-            reach = between(network, block.start, single.start)
-            seen = quantized.through(reach, device)
-            with in_float(network):
-                wanted = full.through(reach, device)
-                given = wanted.through(between(network, single.start, single.end), device)
+        for single, meant in zip(single_layers(network, block), single_layers(untouched, twin), strict=True):
+            seen = quantized.through(between(network, block.start, single.start), device)
+            wanted = full.through(between(untouched, twin.start, meant.start), device)
+            given = wanted.through(between(untouched, meant.start, meant.end), device)
             errors.append(self._fit(network, single, seen, wanted, given, seed))
         return sum(before for before, _ in errors), sum(after for _, after in errors)
 
@@ -236,6 +237,11 @@ class Reconstruct:
         return weights, activations
 
 
+def _blocks(network: GraphModule, layers_per_block: int) -> list[Block]:
+    (output,) = network.graph.find_nodes(op="output")
+    return find_blocks(network, output.args[0], layers_per_block)
+
+
 def _sites(cache: Cache) -> int:
     """Places of a feature map, over which the squared error is averaged; it is summed over channels, as in BRECQ."""
     return max(int(np.prod(cache.shape[2:])), 1)
@@ -244,6 +250,7 @@ def _sites(cache: Cache) -> int:
 @torch.no_grad()
 def _error(run: nn.Module, inputs: Cache, target: Cache) -> float:
     """Mean squared error over the first images."""
-    chosen = torch.arange(min(len(inputs), LOOKED_AT))
     device = next(run.parameters()).device
-    return float((run(inputs.take(chosen).to(device)).cpu() - target.take(chosen)).square().mean())
+    chunks = torch.arange(min(len(inputs), LOOKED_AT)).split(CHUNK)
+    errors = [(run(inputs.take(chunk).to(device)).cpu() - target.take(chunk)).square().sum() for chunk in chunks]
+    return float(sum(errors)) / sum(target.take(chunk).numel() for chunk in chunks)
