@@ -112,17 +112,6 @@ def test_synthesize_makes_images_only(tmp_path, capsys):
     assert not (out / "student.safetensors").exists()
 
 
-def test_methods_lists_them_and_shows_a_card(capsys):
-    assert cli.main(["methods"]) == 0
-    listed = capsys.readouterr().out
-    assert "intraq" in listed
-    assert "noise" in listed
-    assert cli.main(["methods", "intraq"]) == 0
-    card = capsys.readouterr().out
-    assert "Differences from the official code" in card
-    assert "margin_low: float = 0.05" in card
-
-
 def test_an_interrupted_run_continues_to_the_same_bits(tmp_path, monkeypatch):
     from mirageq import journal
 

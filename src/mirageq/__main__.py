@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from mirageq.cli import main
@@ -10,7 +11,13 @@ from mirageq.memory import keep_freed_memory
 
 def run() -> None:
     keep_freed_memory()
-    sys.exit(main())
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough: `mirageq methods intraq | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
+        code = 0
+    sys.exit(code)
 
 
 if __name__ == "__main__":

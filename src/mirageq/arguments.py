@@ -28,7 +28,10 @@ def parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
         ("compare", "methods x bits x seeds on one network, cell by cell", [network, measuring], _compare),
         ("export", "a run's student as an ONNX file of integers, proved in real runtimes", [measuring], _export),
         ("pack", "a run's images as a calibration pack for other tools", [], _pack),
-        ("methods", "the synthesis methods and their cards", [], _methods),
+        ("methods", "the synthesis methods, their cards and settings", [], _name),
+        ("tuners", "the tuners, their cards and settings", [], _name),
+        ("scheme", "the settings of quantization", [], _nothing),
+        ("recipes", "the shipped recipes, and every setting of one", [], _name),
         ("show", "a run's summary, contact sheet and loss curves; or the table of comparisons", [], _show),
     ):
         command = commands.add_parser(name, parents=parents, help=summary)
@@ -91,7 +94,10 @@ def _compare(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", nargs="?", help=MODEL)
     command.add_argument("--plan", type=Path, help="a TOML file: recipe, bits, seeds, [methods.LABEL] with settings")
     command.add_argument(
-        "--methods", type=_words, metavar="A,B", help="some of the plan's, or any with their papers' settings"
+        "--methods",
+        type=_words,
+        metavar="A,B",
+        help="some of the plan's, or any with their papers' settings (the recipe's own method keeps the recipe's)",
     )
     command.add_argument("--bits", type=_words, metavar="w4a4,...")
     command.add_argument("--seeds", type=_numbers(int), metavar="0,1,...")
@@ -119,8 +125,12 @@ def _pack(command: argparse.ArgumentParser) -> None:
     command.add_argument("--folder", type=Path, help="also as PNG images by class")
 
 
-def _methods(command: argparse.ArgumentParser) -> None:
-    command.add_argument("name", nargs="?")
+def _name(command: argparse.ArgumentParser) -> None:
+    command.add_argument("name", nargs="?", help="all that is known about this one; without it, a list")
+
+
+def _nothing(command: argparse.ArgumentParser) -> None:
+    pass
 
 
 def _show(command: argparse.ArgumentParser) -> None:

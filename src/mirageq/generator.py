@@ -35,6 +35,7 @@ class GeneratorTraining:
         warmup: generator updates before the student sees an image.
         batch_size: images of a warm-up update; afterwards the tuner's batch size counts.
         lr: Adam's learning rate, multiplied by `lr_factor` after each of `milestones` updates.
+        lr_factor, milestones: of the rate's schedule.
         latent: length of the noise vector.
         width: channels of the trunk.
         conditioning: where the class enters: "embedding" multiplies the noise (CIFAR), "norm" gives each class its own

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import importlib.util
 import sys
 import warnings
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from torch.export import ExportedProgram
 from mirageq.demo_weights import to_timm_names
 from mirageq.errors import UserError, did_you_mean
 from mirageq.graph import load_exported
+from mirageq.modules import module_of
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DEMO = "demo:efficientnet-lite0"
@@ -209,7 +208,7 @@ def _python(rest: str, pretrained: bool) -> nn.Module:
     if not source:
         raise UserError(f"A Python network is py:MODULE:CALLABLE; got 'py:{rest}'.")
     try:
-        module = _module_of(source)
+        module = module_of(source)
         build = getattr(module, attribute)
     except (ImportError, AttributeError, OSError) as error:
         raise UserError(f"'py:{rest}' cannot be imported: {error}.") from error
@@ -222,28 +221,6 @@ def _python(rest: str, pretrained: bool) -> nn.Module:
             f"{attribute}() of {source} returned a {type(model).__name__}; it must return a torch.nn.Module."
         )
     return model
-
-
-def _module_of(source: str) -> ModuleType:
-    if not source.endswith(".py"):
-        with _importable(Path.cwd()):
-            return importlib.import_module(source)
-    spec = importlib.util.spec_from_file_location(Path(source).stem, source)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with _importable(Path(source).resolve().parent):
-        spec.loader.exec_module(module)
-    return module
-
-
-@contextlib.contextmanager
-def _importable(folder: Path):
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))
 
 
 def _demo(rest: str, pretrained: bool) -> nn.Module:

@@ -33,6 +33,7 @@ class Descent:
         schedule: "plateau" multiplies the rate by `lr_factor` after `patience` steps without improvement of the total
             loss, as the papers do with 1,000 iterations; "cosine" lets it fall to `min_lr` over the iterations, which
             serves shorter runs better.
+        patience, lr_factor: of "plateau".
         min_lr: where the lowering stops.
         clamp: keep pixels in the range that real ones have; the teacher's normalisation must be known. Not in the
             papers; it matters where the image itself is quantized, because its range then fits real images.

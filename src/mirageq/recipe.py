@@ -127,7 +127,7 @@ def build(table: Table) -> Recipe:
     parts = {
         "method": _assemble(_section(rest, "method"), "method", methods.find, "intraq"),
         "scheme": settings(Scheme, _section(rest, "scheme"), "scheme"),
-        "tuner": _assemble(_section(rest, "tuner"), "tuner", _tuner, "distill"),
+        "tuner": _assemble(_section(rest, "tuner"), "tuner", find_tuner, "distill"),
     }
     for section in SECTIONS:
         rest.pop(section, None)
@@ -207,7 +207,8 @@ def _section(table: Table, name: str) -> Table:
     return section
 
 
-def _tuner(name: str) -> type:
+def find_tuner(name: str) -> type:
+    """The tuner class called `name`; raises a `UserError` if there is none."""
     if name not in TUNERS:
         raise UserError(f"There is no tuner '{name}'; {did_you_mean(name, TUNERS)}.")
     return TUNERS[name]
@@ -223,11 +224,3 @@ def _name(registry: dict[str, type], value: object) -> str:
 def _values(value: object) -> Table:
     plain = asdict(value)  # type: ignore[call-overload]
     return {key: list(item) if isinstance(item, tuple) else item for key, item in plain.items() if item is not None}
-
-
-def setting_lines(kind: type) -> list[str]:
-    """A line for each setting of a method, tuner or scheme: name, type and default."""
-    return [
-        f"{name}: {parameter.annotation} = {parameter.default!r}"
-        for name, parameter in inspect.signature(kind).parameters.items()
-    ]

@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mirageq import methods
 from mirageq.errors import UserError
 from mirageq.images import SyntheticSet, hash_tensors
 from mirageq.journal import Journal
 from mirageq.methods import Method
+from mirageq.reference import card
 from mirageq.teacher import Teacher
 
 COUNT, CLASSES, SHAPE = 10, 5, (3, 16, 16)
@@ -94,7 +94,7 @@ def is_a_frozen_settings_dataclass_with_a_card(method: Method, folder: Path) -> 
     parameters = kind.__dataclass_params__  # type: ignore[attr-defined]
     assert parameters.frozen, "its settings must not change: use @dataclass(frozen=True, kw_only=True)"
     assert all(field.kw_only for field in dataclasses.fields(kind)), "settings are given by name"
-    text = methods.card(kind)
+    text = card(kind)
     missing = [heading for heading in CARD_HEADINGS if heading not in text]
     assert not missing, f"the module's docstring is its card and lacks {missing}"
 

@@ -6,8 +6,6 @@ command line, its help and the conformance tests are all derived from `METHODS`.
 
 from __future__ import annotations
 
-import importlib
-
 from mirageq.errors import UserError, did_you_mean
 from mirageq.methods.clusterq import ClusterQ
 from mirageq.methods.contract import Method
@@ -22,6 +20,7 @@ from mirageq.methods.synq import SynQ
 from mirageq.methods.texq import TexQ
 from mirageq.methods.union import Union
 from mirageq.methods.zeroq import ZeroQ
+from mirageq.modules import module_of
 
 METHODS: dict[str, type] = {
     "noise": Noise,
@@ -38,7 +37,7 @@ METHODS: dict[str, type] = {
     "union": Union,
 }
 
-__all__ = ["METHODS", "Method", "card", "find"]
+__all__ = ["METHODS", "Method", "find"]
 
 
 def find(name: str) -> type:
@@ -53,14 +52,9 @@ def find(name: str) -> type:
         raise UserError(f"There is no method '{name}'; {did_you_mean(name, METHODS)}. Your own: package.module:Name.")
     module, _, attribute = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        found = getattr(module_of(module), attribute)
     except (ImportError, AttributeError) as error:
         raise UserError(f"The method '{name}' cannot be imported: {error}.") from error
     if not callable(getattr(found, "synthesize", None)):
         raise UserError(f"'{name}' is not a method: it has no synthesize(teacher, count, *, seed, journal).")
     return found
-
-
-def card(method: type) -> str:
-    """A method's card: the opening text of its file."""
-    return (importlib.import_module(method.__module__).__doc__ or "").strip()

@@ -42,7 +42,9 @@ class Distill:
         lr: peak learning rate.
         schedule: "cosine" to zero, "step" (times `lr_factor` at each of `milestones`), or "constant".
         warmup: fraction of the steps over which the rate rises linearly from zero.
-        milestones: fractions of the run at which the "step" schedule lowers the rate.
+        milestones, lr_factor: fractions of the run at which the "step" schedule lowers the rate, and to what part.
+        momentum: of "sgd".
+        weight_decay: of both optimizers.
         kd_weight: weight of the distillation term, which already contains T^2 (the paper's alpha, 20).
         temperature: T of both softmaxes.
         ce_weight: weight of the cross-entropy with the images' labels.
