@@ -226,3 +226,16 @@ def test_the_recipes_own_method_keeps_its_settings_where_the_plan_says_nothing(t
     plan = Plan.of({"recipe": str(recipe), "methods": methods}, "plan")
     built = [plan.recipe_of(cell).method for cell in plan.cells()]
     assert built == [ZeroQ(iterations=7, batch_size=2), Noise(), ZeroQ(iterations=7, batch_size=3)]
+
+
+def test_one_place_of_work_may_serve_other_recipes_but_no_other_network(place, capsys):
+    work = ["--work", str(place / "work"), "--methods", "noise", "--bits", "w4a4", "--seeds", "0"]
+    assert run(place, *work) == 0
+    (place / "recipe.toml").write_text(RECIPE.replace("steps = 3", "steps = 4"))
+    assert run(place, *work, out="longer") == 0
+    assert len(list((place / "work" / "images").iterdir())) == 1
+    assert len(list((place / "work" / "cells").iterdir())) == 2
+    arguments = [*NORMALISED, "--recipe", str(place / "recipe.toml"), "--data", str(place / "test.npz"), *work]
+    network = ["py:mirageq.testing:TinyDense", *TINY[1:], "--out", str(place / "other")]
+    assert cli.main(["compare", *network, *arguments]) == 2
+    assert "noise-12-seed0 was made with network = " in capsys.readouterr().err

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -120,13 +121,14 @@ class Comparison:
     def _compute(self, wanted: Recipe, cell: Cell, teacher: Teacher, data: LabelledImages, console: Console) -> Row:
         folder = self._images_folder(cell.method, wanted.images, cell.seed)
         folder.mkdir(parents=True, exist_ok=True)
-        settings = _remembered(folder / "method.json", recipes.describe_part(wanted.method))
-        _require_same_settings(settings, recipes.describe_part(wanted.method), str(folder))
+        made_by = {"network": self.protocol.weights_sha256, **recipes.describe_part(wanted.method)}
+        _require_same_settings(_remembered(folder / "method.json", made_by), made_by, str(folder))
         student = convert(teacher.network, wanted.scheme).to(teacher.device)
         painting = Journal(folder, console)
         with painting.timed("synthesize"):
             source = wanted.method.synthesize(teacher, wanted.images, seed=cell.seed, journal=painting)
-        workplace = self.work / "cells" / cell.folder
+        fingerprint = sha256(repr((self.protocol.weights_sha256, recipes.describe(wanted))).encode()).hexdigest()
+        workplace = self.work / "cells" / f"{cell.folder}-{fingerprint[:8]}"  # nothing of another recipe
         workplace.mkdir(parents=True, exist_ok=True)
         learning = Journal(workplace, console)
         teach(

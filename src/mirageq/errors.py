@@ -41,6 +41,13 @@ def check_positive(settings: object, *names: str) -> None:
             raise UserError(f"{name} must be positive; got {getattr(settings, name)}.")
 
 
+def check_not_negative(settings: object, *names: str) -> None:
+    """Raise a `UserError` for the first of these settings that is below zero."""
+    for name in names:
+        if getattr(settings, name) < 0:
+            raise UserError(f"{name} must not be negative; got {getattr(settings, name)}.")
+
+
 def check_image_size(size: int | None) -> None:
     """Raise a `UserError` unless images can have this many pixels a side; None stands for the network's own size."""
     if size is not None and size < 1:

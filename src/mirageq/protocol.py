@@ -94,6 +94,9 @@ class Protocol:
         scheme, tuner = self.recipe["scheme"], self.recipe["tuner"]
         placement, ends = scheme["placement"], scheme.get("first_last_bits")
         first, residual = scheme.get("first_output_bits"), scheme.get("residual_bits")
+        shown = f"on {self.recipe['calibration_images']} of the method's {self.recipe['images']} images"
+        if scheme["ranges_from"] == "batch_norms":
+            shown = "of what the BatchNorms were trained to give"
         return (
             f"Network {self.network} (weights {self.weights_sha256[:12]}), full precision {self.full_precision:.2f} % "
             f"top-1 on {self.count:,} images of {self.data} ({self.data_sha256[:12]}).\n"
@@ -101,8 +104,9 @@ class Protocol:
             f"first and last layer at {f'{ends} bits' if ends else 'the same bits'}"
             f"{f', what the first layer gives at {first} bits' if first else ''}"
             f"{f', what sums and pooling read at {residual} bits' if residual else ''}.\n"
-            f"Static ranges: weights {scheme['weight_range']}, activations {scheme['activation_range']} on "
-            f"{self.recipe['calibration_images']} of the method's {self.recipe['images']} images.\n"
+            f"Static ranges: weights {scheme['weight_range']}, activations {scheme['activation_range']} {shown}"
+            f"{', neighbouring layers equalized' if scheme['equalize'] else ''}"
+            f"{', steps learned' if scheme['learned_steps'] else ''}.\n"
             f"Tuning: {_in_words(tuner)}.\nEvery figure is {self.selection}."
         )
 
@@ -111,7 +115,8 @@ def _in_words(tuner: Table) -> str:
     """A tuner with the settings that are not zero or off, and the one that follows it."""
     plain = {name: value for name, value in tuner.items() if name != "name" and value and not isinstance(value, dict)}
     told = f"{tuner['name']} ({', '.join(f'{name} {value}' for name, value in plain.items())})"
-    return f"{told}, then {_in_words(tuner['then'])}" if "then" in tuner else told
+    then = tuner.get("then", {"steps": 0})
+    return f"{told}, then {_in_words(then)}" if then.get("steps", 1) else told
 
 
 def _shared(recipe: Recipe) -> Table:

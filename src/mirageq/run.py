@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import subprocess
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -239,7 +240,20 @@ def load(
 
 
 def versions() -> dict[str, str]:
-    return {"mirageq": mirageq.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    """Of this package, with its commit where it lies in a repository of its own, of torch, and of Python."""
+    ours = {"mirageq": mirageq.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    return ours | ({"commit": commit} if (commit := _commit()) else {})
+
+
+def _commit() -> str | None:
+    """The commit this package's code was taken from, "-dirty" behind it if it was changed since."""
+    git = ["git", "-C", str(Path(mirageq.__file__).parent)]
+    try:
+        subprocess.run([*git, "ls-files", "--error-unmatch", "__init__.py"], check=True, capture_output=True)
+        named = subprocess.run([*git, "describe", "--always", "--dirty"], check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return named.stdout.strip()
 
 
 def peak_memory() -> int:

@@ -78,3 +78,18 @@ def test_an_equalized_student_computes_what_the_teacher_does_and_remembers_its_m
 def test_equalization_needs_folded_norms():
     with pytest.raises(UserError, match="needs the placement 'deploy'"):
         Scheme(equalize=True)
+
+
+def test_a_channel_that_carries_nothing_is_left_as_it_is():
+    torch.manual_seed(0)
+    network = Inverted()
+    with torch.no_grad():
+        network.depthwise.weight[2] = 0.0
+        network.depthwise.bias[2] = 0.5
+        network.project.weight[:, 4] = 0.0
+    module = fold_batch_norms(capture(network, SHAPE))
+    images = torch.randn(20, *SHAPE)
+    before = module(images)
+    equalize(module)
+    assert torch.allclose(module(images), before, rtol=1e-4, atol=1e-5)
+    assert module.get_parameter("depthwise.bias").detach().abs().max() < 10

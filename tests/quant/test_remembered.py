@@ -73,3 +73,11 @@ def test_a_network_without_norms_is_refused():
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 5))
     with pytest.raises(UserError, match=r"need BatchNorm layers.*ranges_from=images"):
         convert(capture(network, SHAPE), Scheme(ranges_from="batch_norms"))
+
+
+def test_a_channel_that_hardly_varies_is_remembered_as_smaller_than_gamma():
+    network = NormFirst()
+    network.norm.running_var.fill_(3 * network.norm.eps)
+    student = convert(Teacher.wrap(network, SHAPE).network, Scheme(placement="paper", ranges_from="batch_norms"))
+    (node,) = (node for node in student.network.graph.nodes if MOMENTS in node.meta)
+    assert torch.allclose(node.meta[MOMENTS][1], network.norm.weight.abs() * 0.75**0.5)

@@ -61,7 +61,9 @@ def test_a_student_that_needs_no_correction_is_left_as_it_is(teacher):
 
 
 def test_another_tuner_follows(teacher):
-    student, _, _ = tuned(teacher, Correct(images=64, then=Distill(steps=2, batch_size=16)), placement="deploy")
-    assert student is not None
-    with pytest.raises(UserError, match="at least one image"):
+    alone, _, _ = tuned(teacher, Correct(images=64), placement="deploy")
+    followed, _, _ = tuned(teacher, Correct(images=64, then=Distill(steps=2, batch_size=16)), placement="deploy")
+    weights = [student.network.get_parameter("conv2.weight") for student in (alone, followed)]
+    assert not torch.equal(*weights)
+    with pytest.raises(UserError, match="images must be positive; got 0"):
         Correct(images=0)

@@ -135,8 +135,10 @@ def test_a_clipped_gradient_moves_less(teacher, source):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"steps": -1}, "steps >= 0"),
-        ({"lr": 0.0}, "lr > 0"),
+        ({"steps": -1}, "steps must not be negative; got -1"),
+        ({"lr": 0.0}, "lr must be positive; got 0.0"),
+        ({"kd_weight": -1.0}, "kd_weight must not be negative"),
+        ({"warmup": 2.0}, "warmup is a fraction of the steps"),
         ({"optimizer": "lamb"}, "Unknown optimizer 'lamb'; Known: adam, sgd"),
         ({"schedule": "linear"}, "Unknown schedule 'linear'"),
         ({"crop_scale": 2.0}, "crop_scale is a fraction"),

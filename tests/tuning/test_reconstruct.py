@@ -200,12 +200,14 @@ def test_what_cannot_work_is_said(teacher, source):
         Reconstruct(**QUICK).tune(teacher, student_of(teacher, source, weight_range="minmax"), source)
     with pytest.raises(UserError, match="batch size 100 is larger than the 64 images"):
         Reconstruct(steps=1, batch_size=100).tune(teacher, student_of(teacher, source), source)
-    with pytest.raises(UserError, match="Reconstruction needs steps"):
-        Reconstruct(lr=0.0)
+    for name in ("batch_size", "images", "lr", "layers_per_block", "most_layers", "cache_bytes"):
+        with pytest.raises(UserError, match=f"{name} must be positive; got 0"):
+            Reconstruct(**{name: 0})
     with pytest.raises(UserError, match="drop is a probability"):
         Reconstruct(drop=1.0)
-    with pytest.raises(UserError, match="mixes is how many sets of blended images to add, 0 or more; got -1"):
-        Reconstruct(mixes=-1)
+    for name in ("steps", "mixes", "scale_lr", "weight_scale_lr", "bias_lr", "rounding_weight"):
+        with pytest.raises(UserError, match=f"{name} must not be negative; got -1"):
+            Reconstruct(**{name: -1})
     broken = student_of(teacher, source)
     with torch.no_grad():
         broken.network.get_parameter("conv3.weight").fill_(torch.nan)

@@ -23,7 +23,7 @@ from mirageq.quant.operations import CLAMPS, kind, limits, only_reader, stored_b
 from mirageq.quant.remembered import MOMENTS
 
 ROUNDS = 20
-SMALLEST_RANGE = 1e-8
+SMALLEST_RANGE = 1e-8  # of a channel's weights; none below is touched
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,9 @@ def equalize(module: GraphModule) -> list[Pair]:
     for _ in range(ROUNDS):
         for pair in pairs:
             before, bias, after = pair.tensors(module)
-            ranges = [weight.flatten(1).abs().amax(1).clamp_min(SMALLEST_RANGE) for weight in (before, after)]
-            scale = (ranges[0] / ranges[1]).sqrt()
+            first, second = (weight.flatten(1).abs().amax(1) for weight in (before, after))
+            dead = torch.minimum(first, second) < SMALLEST_RANGE  # a channel that carries nothing, or that nobody reads
+            scale = (first / second).sqrt().masked_fill(dead, 1.0)
             before.div_(_channels(scale, before))
             after.mul_(_channels(scale, after))
             if bias is not None:

@@ -1,6 +1,7 @@
 """Activation ranges without an image: every BatchNorm's output as the norm was trained to give it.
 
-A norm gives each channel a mean of beta and a deviation of |gamma|, whatever image comes in. Run on Gaussian noise, a
+A norm gives each channel a mean of beta and a deviation of |gamma| (a little less where it hardly varies), whatever
+image comes in. Run on Gaussian noise, a
 network whose norm outputs are set to those moments shows activations of about the size real images cause, in one
 forward pass (the idea of Nagel et al., ICCV 2019, sec. 4.2.1, carried past residual adds and concatenations by running
 the graph instead of doing the arithmetic of each operation).
@@ -26,10 +27,13 @@ MOMENTS = "remembered"
 def remember_moments(network: GraphModule) -> None:
     """Note at each batch normalisation the mean and deviation of its output; folding hands them on to the layer."""
     for node in batch_norms(network.graph):
-        _, gamma, beta, mean, *_ = node.args
-        shape = stored(network, mean)
-        deviation = torch.ones_like(shape) if gamma is None else stored(network, gamma).detach().abs()
-        node.meta[MOMENTS] = (torch.zeros_like(shape) if beta is None else stored(network, beta).detach(), deviation)
+        _, gamma, beta, _, var, *_ = node.args
+        variance, eps = stored(network, var), node.args[7]
+        deviation = (variance / (variance + eps)).sqrt()  # of a normalised channel: below 1 where it hardly varies
+        if gamma is not None:
+            deviation = deviation * stored(network, gamma).detach().abs()
+        mean = torch.zeros_like(variance) if beta is None else stored(network, beta).detach()
+        node.meta[MOMENTS] = (mean, deviation)
 
 
 class Remembering(Interpreter):

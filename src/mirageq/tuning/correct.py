@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from mirageq.errors import UserError
+from mirageq.errors import check_positive
 from mirageq.graph import BATCH_NORM, WEIGHTED, is_stored, running_statistics, stored
 from mirageq.images import ImageSource
 from mirageq.journal import Journal
@@ -53,8 +53,7 @@ class Correct:
     then: Tuner | None = None
 
     def __post_init__(self) -> None:
-        if self.images < 1:
-            raise UserError(f"Correction needs at least one image; got images = {self.images}.")
+        check_positive(self, "images")
 
     def tune(
         self, teacher: Teacher, student: Student, source: ImageSource, *, seed: int = 0, journal: Journal | None = None

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mirageq.augment import mixed, random_resized_crop
-from mirageq.errors import UserError, check_choices
+from mirageq.errors import UserError, check_choices, check_not_negative, check_positive
 from mirageq.images import Batch, ImageSource
 from mirageq.journal import Journal
 from mirageq.losses import distillation
@@ -78,11 +78,10 @@ class Distill:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        if self.steps < 0 or self.batch_size < 1 or self.lr <= 0 or self.temperature <= 0:
-            raise UserError(
-                "Tuning needs steps >= 0, batch_size >= 1, lr > 0 and temperature > 0; got "
-                f"{self.steps}, {self.batch_size}, {self.lr} and {self.temperature}."
-            )
+        check_positive(self, "batch_size", "lr", "temperature", "lr_factor")
+        check_not_negative(self, "steps", "momentum", "weight_decay", "kd_weight", "ce_weight", "feature_weight")
+        if not 0 <= self.warmup <= 1:
+            raise UserError(f"warmup is a fraction of the steps, in [0, 1]; got {self.warmup}.")
         if not 0 < self.crop_scale <= 1:
             raise UserError(f"crop_scale is a fraction of the image's area in (0, 1]; got {self.crop_scale}.")
         if not 0 <= self.ce_confidence <= 1:

@@ -26,7 +26,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from mirageq.augment import mixed
-from mirageq.errors import UserError
+from mirageq.errors import UserError, check_not_negative, check_positive
 from mirageq.images import ImageSource
 from mirageq.journal import Checkpoint, Journal
 from mirageq.paint import cosine
@@ -88,13 +88,8 @@ class Reconstruct:
     then: Tuner | None = None
 
     def __post_init__(self) -> None:
-        if self.steps < 0 or self.batch_size < 1 or self.images < 1 or self.lr <= 0:
-            raise UserError(
-                "Reconstruction needs steps >= 0, batch_size >= 1, images >= 1 and lr > 0; got "
-                f"{self.steps}, {self.batch_size}, {self.images} and {self.lr}."
-            )
-        if self.mixes < 0:
-            raise UserError(f"mixes is how many sets of blended images to add, 0 or more; got {self.mixes}.")
+        check_positive(self, "batch_size", "images", "lr", "layers_per_block", "most_layers", "cache_bytes")
+        check_not_negative(self, "steps", "mixes", "scale_lr", "weight_scale_lr", "bias_lr", "rounding_weight")
         if not 0 <= self.drop < 1:
             raise UserError(f"drop is a probability below 1; got {self.drop}.")
 
