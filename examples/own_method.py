@@ -1,6 +1,6 @@
 """A method of your own, in one file: images that are smoothed noise.
 
-    mirageq quantize timm:resnet18 --method own_method:SmoothNoise --bits w8a8 --out runs/mine
+    cd examples && mirageq quantize timm:resnet18 --method own_method:SmoothNoise --bits w8a8 --out runs/mine
 
 Idea: noise blurred until it has the scale of objects.
 Reference: none.

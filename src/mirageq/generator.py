@@ -29,7 +29,7 @@ Draw = Callable[[Tensor, str], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratorTraining:
-    """Settings of a generator and its training, GDFQ's by default (METHODS A.7, B.3, B.4).
+    """Settings of a generator and its training, GDFQ's by default.
 
     Attributes:
         warmup: generator updates before the student sees an image.
@@ -76,7 +76,7 @@ class GeneratorTraining:
 
 
 class Generator(nn.Module):
-    """(noise, labels) -> images: a quarter-size map is doubled twice, with three convolutions between (METHODS A.7).
+    """(noise, labels) -> images: a quarter-size map is doubled twice, with three convolutions between.
 
     Its BatchNorms always use the batch's own statistics, as the official code never leaves training mode; they keep
     that code's eps of 0.8, which a positional argument put there. The last one, without scale and shift, makes the

@@ -20,7 +20,7 @@ def bn_alignment(seen: Observation | Glance, remembered: Iterable[BatchNormStati
     """Batch-normalisation statistics alignment, the term every method of the family shares.
 
     `1/L sum_l [MSE(mean_l) + MSE(variance_l)]`, the squared errors averaged over channels, between the batch
-    statistics of each BN *input* and the running statistics (METHODS A.2; IntraQ eq. 2).
+    statistics of each BN *input* and the running statistics (IntraQ eq. 2).
     """
     terms = []
     for norm in remembered:

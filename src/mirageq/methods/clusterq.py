@@ -6,7 +6,7 @@ centroid of their class, which follows them as a moving average; noise on the ta
 one image.
 Reference: Gao et al., "Towards Feature Distribution Alignment and Diversity Enhancement for Data-Free Quantization",
 ICDM 2022, arXiv 2205.00179.
-Differences from the official code, which does not compute what the paper describes (METHODS B.6):
+Differences from the official code, which does not compute what the paper describes:
   1. Centroids come from the images generated for a class (official: from the stored running statistics, so that all
      classes share one centroid that never moves).
   2. Statistics are each image's own, over space (official: the whole batch's, pulled to all labels' centroids at once).
@@ -83,7 +83,7 @@ class Centroids:
         self.tables: dict[str, tuple[Tensor, Tensor]] = {}
 
     def terms(self, seen: Observation, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Class-wise alignment and diversity enhancement, each averaged over layers and images (METHODS B.3, B.7)."""
+        """Class-wise alignment and diversity enhancement, each averaged over layers and images."""
         if not self.tables:
             return {}
         settings, cluster, diverse = self.settings, [], []
@@ -137,7 +137,7 @@ class Centroids:
 
 
 def deep_layers(teacher: Teacher) -> list[str]:
-    """The BatchNorms from index floor((L + 1) / 2) - 2 on, L being their number (METHODS B.3).
+    """The BatchNorms from index floor((L + 1) / 2) - 2 on, L being their number.
 
     Raises:
         UserError: none of them lies in the deeper half of the network's convolutions and linear layers.

@@ -8,7 +8,7 @@ Differences from the official code:
   1. Activation ranges are calibrated once, on images of the warmed-up generator (official: a moving average during the
      first warm-up epochs, when the images are still noise).
   2. The generator's rate falls after fixed numbers of updates, and the student's follows its tuner; the weight of the
-     distillation term is the tuner's too, the same for every method (METHODS B.5).
+     distillation term is the tuner's too, the same for every method.
   3. Images of any size: the two doublings end at the image's own size.
 Cost: for each image a pass forward and backward through generator and teacher; on small images the generator costs
 more than a ResNet-20. Nothing is stored. It must be trained again for every student.

@@ -3,7 +3,7 @@
 Idea: paint images whose batch statistics are the remembered ones and that the network assigns to a class, but weigh
 each image's cross-entropy by how hard it still is: (1 - p)^gamma fades as the probability p of its class grows, so no
 image is painted to full certainty at the expense of the statistics, and the set keeps its difficult members.
-Reference: Li et al., "Hard Sample Matters a Lot in Zero-Shot Quantization", CVPR 2023 (loss and settings: METHODS D).
+Reference: Li et al., "Hard Sample Matters a Lot in Zero-Shot Quantization", CVPR 2023.
 Differences from the official code: the student's side of HAST (images made harder by a signed step, attention aligned)
 is not here; any tuner can follow. Adam's rate falls as for the other painters.
 Cost: that of ZeroQ with IntraQ's batch: one forward and backward pass an image and iteration, 1,000 iterations.

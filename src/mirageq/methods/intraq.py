@@ -116,7 +116,7 @@ def soft_targets(count: int, low: float, generator: torch.Generator) -> Tensor:
 
 
 def soft_inception(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
-    """Mean squared error of the assigned class's *probability* alone (METHODS A.2; IntraQ eq. 9)."""
+    """Mean squared error of the assigned class's *probability* alone (IntraQ eq. 9)."""
     probability = logits.float().softmax(1).gather(1, labels[:, None]).squeeze(1)
     return F.mse_loss(probability, targets)
 

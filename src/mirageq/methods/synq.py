@@ -7,7 +7,7 @@ Differences from the official method: only the filter is here. Its use of hard l
 `ce_confidence` of the distillation tuner; the alignment of class activation maps is not built. The width of the filter
 is ours: relative to the image's size, so that one setting serves all resolutions.
 Cost: the other method's.
-Choose it: for painted images at 3 bits and below; what it brings is measured in benchmarks/RESULTS.md.
+Choose it: for painted images at 3 bits and below; what it brings has not been measured here yet.
 """
 
 from __future__ import annotations
