@@ -64,7 +64,7 @@ def test_a_method_from_outside_is_found_by_its_path():
         ({"method": {"crop_scale": 0.0}}, "crop_scale is a fraction"),
         ({"tuner": {"name": "distil"}}, "no tuner 'distil'; did you mean 'distill'"),
         ({"tuner": {"schedule": "linear"}}, "'schedule' expects"),
-        ({"tuner": {"lr": -1.0}}, "lr > 0"),
+        ({"tuner": {"lr": -1.0}}, "lr must be positive"),
         ({"scheme": {"weight_bits": 9}}, "9"),
         ({"image": 3}, "the recipe has no setting 'image'; did you mean 'images'"),
         ({"images": 0}, "images must be positive; got 0"),
