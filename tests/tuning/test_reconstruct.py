@@ -6,9 +6,10 @@ import torch
 from mirageq import Distill, Journal, Noise, Scheme, Teacher, UserError, recipe
 from mirageq.pipeline import calibrate
 from mirageq.quant import convert
-from mirageq.quant.fake_quant import grid
+from mirageq.quant.fake_quant import grid, learned_fake_quantize
 from mirageq.quant.quantizers import ActivationQuantizer, WeightQuantizer
 from mirageq.testing import SHAPE, TinyDense, TinyResNet
+from mirageq.tuning import soft
 from mirageq.tuning.reconstruct import Reconstruct
 from mirageq.tuning.soft import DroppingActivation, SoftWeight
 
@@ -186,6 +187,28 @@ def test_dropping_leaves_numbers_out_at_its_rate():
     assert all(share == pytest.approx(0.3, abs=0.1) for share in dropped.float().mean((0, 2, 3)))
     assert dropping(x).stride() == x.stride()
     assert torch.equal(DroppingActivation(quantizer, 0.0, torch.Generator())(x), quantizer(x))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("drop", [0.0, 0.5])
+def test_dropping_in_pieces_gives_the_numbers_and_gradients_of_the_whole(drop, layout, monkeypatch):
+    monkeypatch.setattr(soft, "PIECE", 100)
+    quantizer = ActivationQuantizer("x", 3, False)
+    quantizer.set_range(torch.tensor(-1.0), torch.tensor(1.0))
+    x, pull = (torch.randn(4, 5, 6, 3).contiguous(memory_format=layout) for _ in range(2))
+    x.requires_grad_()
+    part = DroppingActivation(quantizer, drop, torch.Generator().manual_seed(0))
+    result = part(x)
+    (result * pull).sum().backward()
+    dropped = (result == x).detach()
+
+    twin, scale = x.detach().clone().requires_grad_(), part.start.clone().requires_grad_()
+    quantized = learned_fake_quantize(twin, scale, quantizer.zero_point, *grid(3, False))
+    whole = torch.where(dropped, twin, quantized)
+    (whole * pull).sum().backward()
+    assert torch.equal(result, whole)
+    assert torch.allclose(x.grad, twin.grad)
+    assert torch.allclose(part.factor.grad, scale.grad * part.start, rtol=1e-5)
 
 
 def test_zero_steps_change_nothing(teacher, source):

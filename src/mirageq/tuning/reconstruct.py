@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule
 
@@ -195,7 +196,8 @@ class Reconstruct:
         for step in range(self.steps):
             chosen = torch.randint(len(quantized), (self.batch_size,), generator=generator)
             x = dropping(quantized.take(chosen), full.take(chosen), self.drop, generator).to(device)
-            loss = (run(x) - target.take(chosen).to(device)).square().flatten(1).sum(1).mean() / _sites(target)
+            wanted = target.take(chosen).to(device)
+            loss = F.mse_loss(run(x), wanted, reduction="sum") / (self.batch_size * _sites(target))
             decided = step / self.steps
             if decided >= 0.2:
                 sharpness = cosine(20.0, 2.0, (decided - 0.2) / 0.8)
