@@ -130,7 +130,14 @@ class Canvas:
             self._write(part, develop(images) if develop else images, labels)
         return self._read(part)
 
-    def draw(self, part: Part, parameters: Sequence[Parameters], render: Callable[[], Tensor], loss: Loss) -> Batch:
+    def draw(
+        self,
+        part: Part,
+        parameters: Sequence[Parameters],
+        render: Callable[[], Tensor],
+        loss: Loss,
+        labels: Tensor | None = None,
+    ) -> Batch:
         """As `paint`, but descend on `parameters`, from which `render()` computes the part's images (N, C, H, W).
 
         They have mean 0 and variance 1 in each channel. Where pixels have a range, two standard deviations reach its
@@ -147,7 +154,7 @@ class Canvas:
             name = self._name(part)
             descend(parameters, shown, loss, self.settings, part.stream("loss"), journal=self.journal, name=name)
             with torch.no_grad():
-                self._write(part, shown(), None)
+                self._write(part, shown(), labels)
         return self._read(part)
 
     def _name(self, part: Part) -> str:

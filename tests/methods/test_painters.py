@@ -1,4 +1,4 @@
-"""What HAST, SynQ's filter and DGH add, each against a slow loop or the plain case."""
+"""What HAST, SynQ's filter, DGH and GENIE's class term add, each against a slow loop or the plain case."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from mirageq import Teacher, UserError
 from mirageq.methods.dgh import DGH, joined, smoothed
+from mirageq.methods.genie import Genie
 from mirageq.methods.hast import HAST, focal_cross_entropy
 from mirageq.methods.synq import SynQ, low_passed
 from mirageq.methods.zeroq import ZeroQ
@@ -90,6 +91,18 @@ def test_stretching_sets_logits_apart_and_images_are_smooth(teacher):
     checkers = (torch.arange(8)[:, None] + torch.arange(8)) % 2 * 2.0 - 1
     assert smoothed(checkers.expand(1, 3, 8, 8)).abs().max() < 1e-6
     assert torch.allclose(smoothed(torch.ones(1, 3, 8, 8)), torch.ones(1, 3, 8, 8))
+
+
+def test_a_class_term_makes_genies_images_ones_of_their_class(teacher):
+    quick = {"iterations": 100, "batch_size": 20, "latent": 16, "width": 8, "schedule": "cosine"}
+    plain, classed = (
+        Genie(**quick, class_weight=weight).synthesize(teacher, 20, seed=1).sample(20) for weight in (0.0, 10.0)
+    )
+    assert torch.equal(plain.labels, teacher.pseudo_labels(plain.images))
+    before, after = (F.cross_entropy(teacher.observe(x.images).logits, classed.labels) for x in (plain, classed))
+    assert after < 0.9 * before
+    with pytest.raises(UserError, match="class_weight must not be negative"):
+        Genie(class_weight=-1.0)
 
 
 def test_bad_settings_are_said():
