@@ -36,7 +36,7 @@ def parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, parents=parents, help=summary)
         describe(command)
-        command.set_defaults(command=run[name])
+        command.set_defaults(command=run[name], what=name)
     return whole
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table as Grid
 from torch import Tensor
 
-from mirageq import methods, recipe, reference
+from mirageq import recipe, reference
 from mirageq.arguments import parser
 from mirageq.compare import PROTOCOL, Comparison, Row, joined
 from mirageq.errors import UserError
@@ -22,11 +22,9 @@ from mirageq.folders import RECORD, check_folder
 from mirageq.images import Batch
 from mirageq.plan import Plan
 from mirageq.protocol import Protocol
-from mirageq.quant import Scheme
 from mirageq.run import IMAGES, NetworkChoice, Run, load_teacher
 from mirageq.tables import describe, page
 from mirageq.teacher import Teacher
-from mirageq.tuning import TUNERS
 
 INTERRUPTED = 130
 SHOWN = 1000  # images looked through for the contact sheet
@@ -168,49 +166,8 @@ def _pack(options: argparse.Namespace) -> None:
     )
 
 
-def _methods(options: argparse.Namespace) -> None:
-    if options.name:
-        _show_settings(methods.find(options.name), "method", reference.card(methods.find(options.name)))
-    else:
-        _list("method", reference.ideas(methods.METHODS))
-
-
-def _tuners(options: argparse.Namespace) -> None:
-    if options.name:
-        _show_settings(recipe.find_tuner(options.name), "tuner", reference.card(recipe.find_tuner(options.name)))
-    else:
-        _list("tuner", reference.ideas(TUNERS))
-
-
-def _scheme(options: argparse.Namespace) -> None:
-    _show_settings(Scheme, "scheme", "What is quantized, to how many bits, and how the ranges are found.")
-
-
-def _recipes(options: argparse.Namespace) -> None:
-    known = recipe.shipped()
-    if not options.name:
-        _list("recipe", {name: reference.opening(path) for name, path in known.items()})
-        return
-    table = recipe.describe(recipe.build(recipe.read(options.name)))
-    print(reference.opening(known.get(options.name, Path(options.name))))
-    print("\nEvery setting (--set KEY=VALUE changes one):")
-    for line in reference.value_lines(table):
-        print(f"  {line}")
-
-
-def _show_settings(kind: type, section: str, text: str) -> None:
-    print(text)
-    print(f"\nSettings ({section}.NAME=VALUE):")
-    for line in reference.setting_lines(kind):
-        print(f"  {line}")
-
-
-def _list(what: str, ideas: Mapping[str, str]) -> None:
-    grid = Grid(what, "idea", box=None, pad_edge=False)
-    for name, idea in ideas.items():
-        grid.add_row(name, idea)
-    console.print(grid)
-    console.print(f"\nEvery setting of one: mirageq {what}s NAME", highlight=False)
+def _look_up(options: argparse.Namespace) -> None:
+    reference.show(options.what, getattr(options, "name", None), console)
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -318,9 +275,9 @@ COMMANDS = {
     "compare": _compare,
     "export": _export,
     "pack": _pack,
-    "methods": _methods,
-    "tuners": _tuners,
-    "scheme": _scheme,
-    "recipes": _recipes,
+    "methods": _look_up,
+    "tuners": _look_up,
+    "scheme": _look_up,
+    "recipes": _look_up,
     "show": _show,
 }

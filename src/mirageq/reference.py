@@ -10,10 +10,57 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from docstring_parser import DocstringStyle, parse
+from rich.console import Console
+from rich.table import Table as Grid
 
-from mirageq.recipe import Table
+from mirageq import methods
+from mirageq.quant import Scheme
+from mirageq.recipe import Table, build, describe, find_tuner, read, shipped
+from mirageq.tuning import TUNERS
 
 INDENT, WIDTH = "    ", 110
+
+
+def show(what: str, name: str | None, console: Console) -> None:
+    """Print a list of all "methods", "tuners" or "recipes", or all about the one called `name`; or the "scheme".
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if what == "scheme":
+        _show_settings(Scheme, "scheme", "What is quantized, to how many bits, and how the ranges are found.")
+    elif what == "recipes" and name:
+        _show_recipe(name)
+    elif what == "recipes":
+        _list(what, {each: opening(path) for each, path in shipped().items()}, console)
+    elif name:
+        kind = methods.find(name) if what == "methods" else find_tuner(name)
+        _show_settings(kind, what.removesuffix("s"), card(kind))
+    else:
+        _list(what, ideas(methods.METHODS if what == "methods" else TUNERS), console)
+
+
+def _show_recipe(name: str) -> None:
+    table = describe(build(read(name)))
+    print(opening(shipped().get(name, Path(name))))
+    print("\nEvery setting (--set KEY=VALUE changes one):")
+    for line in value_lines(table):
+        print(f"  {line}")
+
+
+def _show_settings(kind: type, section: str, text: str) -> None:
+    print(text)
+    print(f"\nSettings ({section}.NAME=VALUE):")
+    for line in setting_lines(kind):
+        print(f"  {line}")
+
+
+def _list(what: str, ideas: Mapping[str, str], console: Console) -> None:
+    grid = Grid(what.removesuffix("s"), "idea", box=None, pad_edge=False)
+    for name, idea in ideas.items():
+        grid.add_row(name, idea)
+    console.print(grid)
+    console.print(f"\nEvery setting of one: mirageq {what} NAME", highlight=False)
 
 
 def card(kind: type) -> str:
