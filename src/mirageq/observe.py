@@ -62,10 +62,13 @@ class Observer:
         self._network = share(network, graph)
         self._swing = _let_swing(self._network) if swing else None
 
-    def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Observation:
-        """Images (N, C, H, W); `generator` is the randomness of the swing."""
+    def swing_by(self, generator: torch.Generator) -> None:
+        """Draw the shifts from this generator from now on."""
         if self._swing:
             self._swing.generator = generator
+
+    def __call__(self, images: Tensor) -> Observation:
+        """Images (N, C, H, W)."""
         logits, features, *bn_inputs = self._network(images)
         return Observation(logits, pool(features), dict(zip(self.names, bn_inputs, strict=True)))
 

@@ -1,4 +1,4 @@
-"""What HAST, SynQ's filter, DGH and GENIE's class term add, each against a slow loop or the plain case."""
+"""What HAST, SynQ's filter and DGH add, each against a slow loop or the plain case."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mirageq import Teacher, UserError
+from mirageq import Journal, Teacher, UserError
 from mirageq.methods.dgh import DGH, joined, smoothed
-from mirageq.methods.genie import Genie
 from mirageq.methods.hast import HAST, focal_cross_entropy
 from mirageq.methods.synq import SynQ, low_passed
 from mirageq.methods.zeroq import ZeroQ
@@ -93,18 +92,6 @@ def test_stretching_sets_logits_apart_and_images_are_smooth(teacher):
     assert torch.allclose(smoothed(torch.ones(1, 3, 8, 8)), torch.ones(1, 3, 8, 8))
 
 
-def test_a_class_term_makes_genies_images_ones_of_their_class(teacher):
-    quick = {"iterations": 100, "batch_size": 20, "latent": 16, "width": 8, "schedule": "cosine"}
-    plain, classed = (
-        Genie(**quick, class_weight=weight).synthesize(teacher, 20, seed=1).sample(20) for weight in (0.0, 10.0)
-    )
-    assert torch.equal(plain.labels, teacher.pseudo_labels(plain.images))
-    before, after = (F.cross_entropy(teacher.observe(x.images).logits, classed.labels) for x in (plain, classed))
-    assert after < 0.9 * before
-    with pytest.raises(UserError, match="class_weight must not be negative"):
-        Genie(class_weight=-1.0)
-
-
 def test_bad_settings_are_said():
     with pytest.raises(UserError, match="focus is an exponent"):
         HAST(focus=-1)
@@ -112,3 +99,39 @@ def test_bad_settings_are_said():
         SynQ(cutoff=0)
     with pytest.raises(UserError, match="shift is a part of the image's side"):
         DGH(shift=0.5)
+
+
+def test_a_class_term_makes_zeroqs_images_ones_of_their_class(teacher):
+    quick = {"iterations": 60, "batch_size": 20, "lr": 0.2, "schedule": "cosine"}
+    plain, classed = (
+        ZeroQ(**quick, class_weight=weight).synthesize(teacher, 20, seed=1).sample(20) for weight in (0.0, 10.0)
+    )
+    assert torch.equal(plain.labels, teacher.pseudo_labels(plain.images))
+    before, after = (F.cross_entropy(teacher.observe(x.images).logits, classed.labels) for x in (plain, classed))
+    assert after < 0.5 * before
+    with pytest.raises(UserError, match="class_weight must not be negative"):
+        ZeroQ(class_weight=-1.0)
+
+
+def test_any_painter_may_let_convolutions_swing_and_goes_on_to_the_same_bits(teacher, tmp_path):
+    quick = {"iterations": 6, "batch_size": 4}
+    plain, swung = (ZeroQ(**quick, swing=on).synthesize(teacher, 4).sample(4).images for on in (False, True))
+    assert not torch.equal(plain, swung)
+    with pytest.raises(KeyboardInterrupt):
+        ZeroQ(**quick, swing=True).synthesize(teacher, 4, journal=Stumbling(tmp_path))
+    again = ZeroQ(**quick, swing=True).synthesize(teacher, 4, journal=Journal(tmp_path))
+    assert torch.equal(again.sample(4).images, swung)
+    with pytest.raises(UserError, match="that swing cannot be compiled"):
+        ZeroQ(swing=True, compile=True)
+
+
+class Stumbling(Journal):
+    """Interrupts the computation in the fourth step; each one before left a checkpoint."""
+
+    def __init__(self, folder):
+        super().__init__(folder, checkpoint_seconds=0)
+
+    def _append(self, row):
+        super()._append(row)
+        if len(self.history) == 4:
+            raise KeyboardInterrupt

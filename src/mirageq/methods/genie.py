@@ -18,16 +18,14 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mirageq.errors import check_not_negative, check_positive
+from mirageq.errors import check_positive
 from mirageq.generator import Generator, GeneratorTraining
 from mirageq.images import ImageSource
 from mirageq.journal import Journal
 from mirageq.losses import bn_deviation_alignment
-from mirageq.observe import Observer
-from mirageq.paint import Canvas, Descent, Parameters
+from mirageq.paint import Canvas, Descent, Observe, Parameters
 from mirageq.teacher import Teacher
 
 
@@ -40,8 +38,6 @@ class Genie(Descent):
         generator_rate: the generator's learning rate, in parts of `lr`.
         latent: length of a latent vector.
         width: channels of the generator's trunk.
-        swing: whether strided convolutions swing.
-        class_weight: of the cross-entropy with a class drawn for each image, which the paper's images do without.
     """
 
     batch_size: int = 128
@@ -52,38 +48,29 @@ class Genie(Descent):
     latent: int = 256
     width: int = 128
     swing: bool = True
-    class_weight: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "generator_rate", "latent", "width")
-        check_not_negative(self, "class_weight")
 
     def synthesize(self, teacher: Teacher, count: int, *, seed: int = 0, journal: Journal | None = None) -> ImageSource:
         """Draw `count` images, a batch and a generator at a time."""
         teacher.require_batch_norms("GENIE")
         canvas = Canvas(teacher, count, self, seed, journal or Journal())
-        observe = Observer(teacher.network, swing=self.swing)
         shape = GeneratorTraining(latent=self.latent, width=self.width)
         for part in canvas.parts():
             size = part.stop - part.start
             network = Generator.drawn(1, canvas.image_shape, shape, part.stream("generator")).to(teacher.device)
             latents = torch.randn(size, self.latent, generator=part.stream("latents")).to(teacher.device)
-            unused = torch.zeros(size, dtype=torch.long, device=teacher.device)  # the generator knows no classes
-            labels = part.draw_labels(teacher.classes).to(teacher.device) if self.class_weight else None
+            labels = torch.zeros(size, dtype=torch.long, device=teacher.device)
             learning = [
                 Parameters([latents.requires_grad_()]),
                 Parameters(list(network.parameters()), rate=self.generator_rate),
             ]
-            loss = partial(self._loss, teacher, observe, labels)
-            canvas.draw(part, learning, partial(network, latents, unused), loss, labels)
+            canvas.draw(part, learning, partial(network, latents, labels), partial(_loss, teacher, canvas.observe))
         return canvas.finish()
 
-    def _loss(
-        self, teacher: Teacher, observe: Observer, labels: Tensor | None, images: Tensor, generator: torch.Generator
-    ) -> dict[str, Tensor]:
-        seen = observe(images, generator)
-        terms = {"bn": bn_deviation_alignment(seen, teacher.batch_norms)}
-        if labels is not None:
-            terms["class"] = self.class_weight * F.cross_entropy(seen.logits.float(), labels)
-        return terms
+
+def _loss(teacher: Teacher, observe: Observe, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    seen = observe(images)
+    return {"bn": bn_deviation_alignment(seen, teacher.batch_norms)}
