@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from mirageq import evaluate
 from mirageq.data import open_images
 from mirageq.errors import UserError
 from mirageq.evaluate import Accuracy, accuracy, agreement, intra_class_distance, silhouette
@@ -20,11 +21,13 @@ def logits_from_first_pixel(images):
     return -(torch.arange(10.0)[None] - value[:, None]).abs()
 
 
-def test_accuracy_counts_first_and_first_five(tmp_path):
+def test_accuracy_counts_first_and_first_five(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "MOST_IMAGES", 4)
     images = np.zeros((6, 2, 2, 3))
     images[:, 0, 0, 0] = [0, 1, 2, 3, 4, 9]
     data = write(tmp_path / "data.npz", images, [0, 1, 3, 3, 9, 2])
-    result = accuracy(logits_from_first_pixel, data, (0.0,) * 3, (1.0,) * 3, batch_size=4)
+    result = accuracy(logits_from_first_pixel, data, (0.0,) * 3, (1.0,) * 3)
+    assert [data.fitting(pixels, 4) for pixels in (1, 8, 100)] == [1, 2, 4]
     assert result.count == 6
     assert result.top1 == pytest.approx(100 * 3 / 6)
     assert result.top5 == pytest.approx(100 * 4 / 6)

@@ -40,6 +40,10 @@ class LabelledImages:
         self._files, self._shape, self._resize = files, image_shape, resize
         self.count = min(len(files), limit or len(files))
 
+    def fitting(self, pixels: int, most: int) -> int:
+        """How many images, at least one and `most` at most, have so many pixels together."""
+        return max(1, min(most, pixels // (self._shape[1] * self._shape[2])))
+
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Pixels (B, C, H, W) uint8 RGB and labels (B,) int64, in the order of the files.
 

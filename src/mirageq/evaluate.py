@@ -35,6 +35,9 @@ class Accuracy:
         return f"{self.top1:.2f} % top-1 ± {self.standard_error:.2f} ({top5}{self.count:,} images)"
 
 
+PIXELS, MOST_IMAGES = 2**21, 128  # of a batch: a network's first maps take a hundred times the memory of its pixels
+
+
 @torch.no_grad()
 def accuracy(
     model: Classifier,
@@ -42,7 +45,6 @@ def accuracy(
     mean: tuple[float, ...] | None,
     std: tuple[float, ...] | None,
     *,
-    batch_size: int = 128,
     device: str = "cpu",
 ) -> Accuracy:
     """The accuracy of `model` on labelled images, each normalised as (pixels / 255 - mean) / std.
@@ -55,7 +57,7 @@ def accuracy(
     centre, width = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (mean, std))
     first = fifth = count = 0
     classes = 0
-    for pixels, labels in data.batches(batch_size):
+    for pixels, labels in data.batches(data.fitting(PIXELS, MOST_IMAGES)):
         logits = model((pixels.to(device) / 255 - centre) / width)
         labels, classes = labels.to(device), logits.shape[1]
         if int(labels.max()) >= classes:
