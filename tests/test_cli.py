@@ -45,7 +45,7 @@ def test_quantize_writes_a_whole_run(finished):
     assert record["recipe"]["scheme"]["weight_bits"] == 3
     assert record["recipe"]["scheme"]["activation_bits"] == 5
     assert record["recipe"]["method"]["iterations"] == 4
-    assert set(record["versions"]) == {"mirageq", "torch", "python"}
+    assert set(record["versions"]) - {"commit"} == {"mirageq", "torch", "python"}  # a wheel has no commit
     assert set(record["seconds"]) == {"convert", "synthesize", "calibrate", "tune"}
     assert len(record["network"]["sha256"]) == len(record["images"]["sha256"]) == len(record["student"]["sha256"]) == 64
     assert load_file(finished / "synthetic.safetensors")["images"].shape == (16, *SHAPE)
