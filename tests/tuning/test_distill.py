@@ -9,7 +9,7 @@ from mirageq import Distill, IntraQ, Journal, Noise, Scheme, Teacher, TuningDive
 from mirageq.pipeline import calibrate
 from mirageq.quant import convert
 from mirageq.testing import SHAPE, TinyResNet
-from mirageq.tuning.distill import confident_cross_entropy
+from mirageq.tuning.distill import _Run, confident_cross_entropy
 
 
 @pytest.fixture(scope="module")
@@ -196,3 +196,25 @@ def test_hard_labels_count_only_where_the_teacher_is_sure():
     assert torch.allclose(confident_cross_entropy(logits, target, labels, 0.0), plain)
     with pytest.raises(UserError, match="ce_confidence is a probability"):
         Distill(ce_confidence=1.5)
+
+
+def test_a_state_is_good_once_its_loss_was_seen(teacher, source):
+    student = student_of(teacher, source)
+    run = _Run(Distill(steps=9, batch_size=16, lr=1e-4), student, source, 0)
+    run.guard.every = 1
+    batches = source.batches(16, student)
+    step = run.optimizer.step
+    for _ in range(2):
+        assert run.update(teacher, batches, print)
+
+    def poison():
+        step()
+        with torch.no_grad():
+            next(student.parameters()).fill_(torch.nan)
+
+    run.optimizer.step = poison
+    run.update(teacher, batches, print)
+    run.optimizer.step = step
+    assert run.update(teacher, batches, print) is None
+    assert all(value.isfinite().all() for value in student.parameters())
+    assert run.update(teacher, batches, print)

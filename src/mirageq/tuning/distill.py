@@ -180,6 +180,8 @@ class _Run:
             say(self.guard.back_off(self.step, float(total.detach()), settings.lr))
             self._restore()
             return None
+        if self.guard.calm(self.step):  # the state whose loss was just measured, not the one after the next update
+            self._keep()
         rate = settings.rate(self.step) * self.guard.lr_scale
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -189,8 +191,6 @@ class _Run:
             torch.nn.utils.clip_grad_norm_(self.student.parameters(), settings.clip_norm)
         self.optimizer.step()
         self.step += 1
-        if self.guard.calm(self.step):
-            self._keep()
         return {**{name: float(term.detach()) for name, term in terms.items()}, "lr": rate}
 
     def state_dict(self) -> dict[str, Any]:
