@@ -250,4 +250,4 @@ def _error(run: nn.Module, inputs: Cache, target: Cache) -> float:
     device = next(run.parameters()).device
     chunks = torch.arange(min(len(inputs), LOOKED_AT)).split(CHUNK)
     errors = [(run(inputs.take(chunk).to(device)).cpu() - target.take(chunk)).square().sum() for chunk in chunks]
-    return float(sum(errors)) / sum(target.take(chunk).numel() for chunk in chunks)
+    return float(sum(errors)) / (sum(map(len, chunks)) * int(np.prod(target.shape[1:])))
