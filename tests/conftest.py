@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from mirageq import Journal
+
 torch.set_num_threads(1)  # small tensors: threads only fight over the cores
 
 
@@ -15,3 +17,22 @@ def shared_data() -> Path:
     if not (folder / "zoo.py").is_file():
         pytest.skip(f"needs the measurement data, which are not at {folder}")
     return folder
+
+
+class Stumbling(Journal):
+    """Interrupts the computation at so many rows; a checkpoint is saved whenever one is offered."""
+
+    def __init__(self, folder, rows):
+        super().__init__(folder, checkpoint_seconds=0)
+        self.rows = rows
+
+    def _append(self, row):
+        super()._append(row)
+        if len(self.history) == self.rows:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def stumbling():
+    """The journal class that interrupts: stumbling(folder, rows)."""
+    return Stumbling

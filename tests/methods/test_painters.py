@@ -113,25 +113,13 @@ def test_a_class_term_makes_zeroqs_images_ones_of_their_class(teacher):
         ZeroQ(class_weight=-1.0)
 
 
-def test_any_painter_may_let_convolutions_swing_and_goes_on_to_the_same_bits(teacher, tmp_path):
+def test_any_painter_may_let_convolutions_swing_and_goes_on_to_the_same_bits(teacher, stumbling, tmp_path):
     quick = {"iterations": 6, "batch_size": 4}
     plain, swung = (ZeroQ(**quick, swing=on).synthesize(teacher, 4).sample(4).images for on in (False, True))
     assert not torch.equal(plain, swung)
     with pytest.raises(KeyboardInterrupt):
-        ZeroQ(**quick, swing=True).synthesize(teacher, 4, journal=Stumbling(tmp_path))
+        ZeroQ(**quick, swing=True).synthesize(teacher, 4, journal=stumbling(tmp_path, 4))
     again = ZeroQ(**quick, swing=True).synthesize(teacher, 4, journal=Journal(tmp_path))
     assert torch.equal(again.sample(4).images, swung)
     with pytest.raises(UserError, match="that swing cannot be compiled"):
         ZeroQ(swing=True, compile=True)
-
-
-class Stumbling(Journal):
-    """Interrupts the computation in the fourth step; each one before left a checkpoint."""
-
-    def __init__(self, folder):
-        super().__init__(folder, checkpoint_seconds=0)
-
-    def _append(self, row):
-        super()._append(row)
-        if len(self.history) == 4:
-            raise KeyboardInterrupt

@@ -58,7 +58,7 @@ def test_biases_learn_if_they_have_a_rate(teacher, source, placement):
     assert all(moved(bias_lr=1e-3))
 
 
-def test_another_tuner_can_follow_and_an_interruption_in_it_costs_no_block(teacher, source, tmp_path):
+def test_another_tuner_can_follow_and_an_interruption_in_it_costs_no_block(teacher, source, stumbling, tmp_path):
     then = Distill(steps=6, batch_size=8, ce_weight=0.0, lr=1e-4, optimizer="adam")
     settings = Reconstruct(**QUICK, then=then)
     whole, parts = student_of(teacher, source), student_of(teacher, source)
@@ -66,7 +66,7 @@ def test_another_tuner_can_follow_and_an_interruption_in_it_costs_no_block(teach
     settings.tune(teacher, whole, source)
     source.load_state_dict({"drawn": 0})
     with pytest.raises(KeyboardInterrupt):
-        settings.tune(teacher, parts, source, journal=Stumbling(tmp_path, 5))
+        settings.tune(teacher, parts, source, journal=stumbling(tmp_path, 5))
     source.load_state_dict({"drawn": 0})
     again, journal = student_of(teacher, source), Journal(tmp_path, checkpoint_seconds=0)
     settings.tune(teacher, again, source, journal=journal)
@@ -96,19 +96,6 @@ def test_running_it_twice_gives_the_same_bits(teacher, source):
     assert torch.equal(*results)
 
 
-class Stumbling(Journal):
-    """Interrupts the computation after so many rows."""
-
-    def __init__(self, folder, rows):
-        super().__init__(folder, checkpoint_seconds=0)
-        self.rows = rows
-
-    def _append(self, row):
-        super()._append(row)
-        if len(self.history) == self.rows:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("more", [{"mixes": 1}, {"mirrored": True}])
 def test_blends_and_mirror_images_are_images_too(more, teacher, source):
     plain, varied = student_of(teacher, source), student_of(teacher, source)
@@ -121,12 +108,12 @@ def test_blends_and_mirror_images_are_images_too(more, teacher, source):
 
 
 @pytest.mark.parametrize("placement", ["paper", "deploy"])
-def test_an_interrupted_run_ends_with_the_same_bits(placement, teacher, source, tmp_path):
+def test_an_interrupted_run_ends_with_the_same_bits(placement, teacher, source, stumbling, tmp_path):
     whole, parts, again = (student_of(teacher, source, placement=placement) for _ in range(3))
     settings = Reconstruct(**QUICK, bias_lr=1e-2, layers_per_block=1)
     settings.tune(teacher, whole, source)
     with pytest.raises(KeyboardInterrupt):  # in the second block, with the first one settled
-        settings.tune(teacher, parts, source, journal=Stumbling(tmp_path, 2))
+        settings.tune(teacher, parts, source, journal=stumbling(tmp_path, 2))
     assert (tmp_path / "checkpoints" / "reconstruct.pt").exists()
     settings.tune(teacher, again, source, journal=Journal(tmp_path))
     images = source.sample(8).images
