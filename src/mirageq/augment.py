@@ -96,3 +96,16 @@ def mixed(images: Tensor, generator: torch.Generator) -> Tensor:
     share = torch.rand(len(images), 1, 1, 1, generator=generator).to(images.device)
     other = images[torch.randperm(len(images), generator=generator).to(images.device)]
     return torch.lerp(other, images, share)
+
+
+def low_passed(images: Tensor, cutoff: float | Tensor) -> Tensor:
+    """Images (N, C, H, W) with each frequency f, in parts of the highest, multiplied by exp(-f^2 / (2 cutoff^2)).
+
+    `cutoff` is one for all, or (N,), one for each image.
+    """
+    height, width = images.shape[-2:]
+    down, across = torch.fft.fftfreq(height) * 2, torch.fft.rfftfreq(width) * 2
+    narrow = torch.as_tensor(cutoff).view(-1, 1, 1, 1)
+    gain = torch.exp(-(down[:, None].square() + across.square()) / (2 * narrow**2))
+    spectrum = torch.fft.rfft2(images) * gain.to(images.device)
+    return torch.fft.irfft2(spectrum, s=(height, width)).contiguous()

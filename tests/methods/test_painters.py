@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from mirageq import Journal, Teacher, UserError
+from mirageq.augment import low_passed
 from mirageq.methods.dgh import DGH, joined, smoothed
 from mirageq.methods.hast import HAST, focal_cross_entropy
-from mirageq.methods.synq import SynQ, low_passed
+from mirageq.methods.synq import SynQ
 from mirageq.methods.zeroq import ZeroQ
 from mirageq.moments import channel_statistics
 from mirageq.testing import TinyResNet
@@ -55,6 +56,8 @@ def test_the_filter_keeps_means_and_takes_high_frequencies():
             expected = math.exp(-(down**2 + across**2) / (2 * 0.4**2))
             assert float(ratio[i, j]) == pytest.approx(expected, rel=1e-2, abs=1e-3)
     assert torch.allclose(low_passed(images, math.inf), images, atol=1e-5)
+    each = low_passed(images[:2], torch.tensor([0.4, math.inf]))
+    assert torch.allclose(each, torch.cat([filtered[:1], images[1:2]]), atol=1e-5)
 
 
 def test_synq_filters_what_its_candidates_made(teacher):

@@ -96,8 +96,8 @@ def test_running_it_twice_gives_the_same_bits(teacher, source):
     assert torch.equal(*results)
 
 
-@pytest.mark.parametrize("more", [{"mixes": 1}, {"mirrored": True}])
-def test_blends_and_mirror_images_are_images_too(more, teacher, source):
+@pytest.mark.parametrize("more", [{"mixes": 1}, {"mirrored": True}, {"softened": True}])
+def test_blends_mirror_images_and_low_passed_copies_are_images_too(more, teacher, source):
     plain, varied = student_of(teacher, source), student_of(teacher, source)
     settings = {"steps": 2, "batch_size": 32}
     with pytest.raises(UserError, match="larger than the 16 images"):

@@ -14,9 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
+from mirageq.augment import low_passed
 from mirageq.errors import UserError
 from mirageq.images import ImageSource, SyntheticSet
 from mirageq.journal import Journal
@@ -47,12 +45,3 @@ class SynQ:
         journal = (journal or Journal()).within("candidates")
         made = self.candidates.synthesize(teacher, count, seed=seed, journal=journal).sample(count)
         return SyntheticSet(low_passed(made.images, self.cutoff), made.labels, seed=seed)
-
-
-def low_passed(images: Tensor, cutoff: float) -> Tensor:
-    """Images (N, C, H, W) with each frequency f, in parts of the highest, multiplied by exp(-f^2 / (2 cutoff^2))."""
-    height, width = images.shape[-2:]
-    down, across = torch.fft.fftfreq(height) * 2, torch.fft.rfftfreq(width) * 2
-    gain = torch.exp(-(down[:, None].square() + across.square()) / (2 * cutoff**2))
-    spectrum = torch.fft.rfft2(images) * gain.to(images.device)
-    return torch.fft.irfft2(spectrum, s=(height, width)).contiguous()

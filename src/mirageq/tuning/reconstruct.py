@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule
 
-from mirageq.augment import mixed
+from mirageq.augment import low_passed, mixed
 from mirageq.errors import UserError, check_not_negative, check_positive
 from mirageq.images import ImageSource
 from mirageq.journal import Checkpoint, Journal
@@ -44,6 +44,7 @@ Side = tuple[GraphModule, Block, Cache]
 """A network, one of its blocks, and what the block reads."""
 
 LOOKED_AT = 128  # images on which a block's error is told
+CUTOFFS = (0.1, 0.5)  # of softened images, in parts of the highest frequency
 LIVING_CACHES = 4  # activations of all images that are held at a time, the images besides
 
 
@@ -55,7 +56,9 @@ class Reconstruct:
         steps: updates of each block.
         batch_size: images of an update.
         images: of the source, cached at the blocks' borders.
-        mirrored: their mirror images besides, which cost no synthesis.
+        softened: low-passed copies of them besides, each with a cutoff of its own (SynQ's filter; `CUTOFFS`): blocks see
+            the same objects with and without the noise that synthesis leaves.
+        mirrored: the mirror images of all these besides, which cost no synthesis.
         mixes: so many times as many blends of two of them besides (mixup): blocks cannot learn a small set by heart.
         lr: Adam's rate of the rounding.
         scale_lr: Adam's rate of the activations' steps, relative to their size; 0 leaves them as calibrated.
@@ -75,6 +78,7 @@ class Reconstruct:
     steps: int = 500
     batch_size: int = 32
     images: int = 512
+    softened: bool = False
     mirrored: bool = False
     mixes: int = 0
     lr: float = 4e-2
@@ -121,6 +125,9 @@ class Reconstruct:
     ) -> None:
         require_fixed_grids(student, "Reconstruction")
         images, blending = source.sample(self.images).images, stream(seed, "mixes")
+        if self.softened:
+            cutoffs = torch.empty(len(images)).uniform_(*CUTOFFS, generator=stream(seed, "softened"))
+            images = torch.cat([images, low_passed(images, cutoffs)])
         if self.mirrored:
             images = torch.cat([images, images.flip(-1)])
         images = torch.cat([images, *(mixed(images, blending) for _ in range(self.mixes))])
