@@ -56,8 +56,8 @@ class Reconstruct:
         steps: updates of each block.
         batch_size: images of an update.
         images: of the source, cached at the blocks' borders.
-        softened: low-passed copies of them besides, each with a cutoff of its own (SynQ's filter; `CUTOFFS`): blocks see
-            the same objects with and without the noise that synthesis leaves.
+        softened: low-passed copies of them besides, each with a cutoff of its own (SynQ, `CUTOFFS`): blocks see the
+            same objects with and without the noise that synthesis leaves.
         mirrored: the mirror images of all these besides, which cost no synthesis.
         mixes: so many times as many blends of two of them besides (mixup): blocks cannot learn a small set by heart.
         lr: Adam's rate of the rounding.
