@@ -51,15 +51,16 @@ def test_single_layers_of_a_block_end_behind_their_activation_function_and_quant
 
 def test_a_single_layer_that_a_sum_reads_ends_before_the_sum():
     _, graph, blocks = blocks_of(TinyResNet(), "paper", fewest=4)
-    assert len(blocks) == 1
+    assert [len(block.layers) for block in blocks] == [3, 1]
     ends = {single.layers[0]: single.end for single in single_layers(graph, blocks[0])}
     assert all("add" not in str(end.target) for end in ends.values())
     assert isinstance(graph.get_submodule(ends["conv1"].target), ActivationQuantizer)
 
 
-def test_small_neighbours_are_joined():
-    _, _, blocks = blocks_of(TinyResNet(), fewest=2)
-    assert [block.layers for block in blocks] == [("conv1", "conv2"), ("conv3", "linear")]
+@pytest.mark.parametrize("placement", ["paper", "deploy"])
+def test_small_neighbours_are_joined_but_not_across_the_pooling(placement):
+    _, _, blocks = blocks_of(TinyResNet(), placement, fewest=2)
+    assert [block.layers for block in blocks] == [("conv1", "conv2"), ("conv3",), ("linear",)]
     assert blocks[0].name == "conv1 - conv2"
 
 

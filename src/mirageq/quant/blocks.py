@@ -9,6 +9,7 @@ in whatever framework and under whatever class name they were written.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +42,11 @@ class Block:
 
 
 def find_blocks(network: GraphModule, end: Node, fewest_layers: int = 2) -> list[Block]:
-    """The blocks between the image and `end`, in order; small neighbours are joined until they have `fewest_layers`."""
+    """The blocks between the image and `end`, in order; small neighbours are joined until they have `fewest_layers`.
+
+    None is joined with what comes behind the pooling of all places: a block is compared where its output is a map, as
+    one number a channel and image says too little about the weights in front of it.
+    """
     graph = network.graph
     (start,) = graph.find_nodes(op="placeholder")
     cuts = _cuts(graph, start, end)
@@ -52,7 +57,7 @@ def find_blocks(network: GraphModule, end: Node, fewest_layers: int = 2) -> list
     blocks: list[Block] = []
     for cut in cuts:
         layers = layers_between(network, start, cut)
-        if len(layers) >= fewest_layers or (cut is end and layers):
+        if len(layers) >= fewest_layers or (layers and (cut is end or _is_pooled_next(cut, following.get(cut)))):
             blocks.append(Block(start, cut, layers))
             start = cut
     if start is not end and blocks:  # a rest without layers, or with fewer than asked for
@@ -141,6 +146,19 @@ def _awaits_more(network: GraphModule, node: Node, following: Node | None) -> bo
     if any(isinstance(network.get_submodule(user.target), ActivationQuantizer) for user in readers):
         return True
     return following is not None and following.target not in WEIGHTED and _shape(following) == _shape(node)
+
+
+def _is_pooled_next(node: Node, following: Node | None) -> bool:
+    before, after = _places(node), _places(following) if following is not None else None
+    return before is not None and after is not None and before > after == 1
+
+
+def _places(node: Node) -> int | None:
+    """Height times width of a feature map, 1 of a vector; of a quantizer, which does not tell, what it reads."""
+    while node.op == "call_module":
+        (node,) = node.all_input_nodes
+    shape = _shape(node)
+    return None if shape is None else math.prod(shape[2:])
 
 
 def _fed_alone(node: Node) -> Node | None:
