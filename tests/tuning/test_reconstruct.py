@@ -39,7 +39,7 @@ def test_blocks_come_closer_and_weights_stay_on_their_grid(teacher, source, plac
     student = student_of(teacher, source, placement=placement)
     journal = Journal()
     Reconstruct(**{**QUICK, "steps": 200}, **settings).tune(teacher, student, source, journal=journal)
-    first, *_ = (row for row in journal.history if row["stage"] == "reconstruct")
+    first, _, _ = (row for row in journal.history if row["stage"] == "reconstruct")
     assert first["after"] < 0.9 * first["before"]
     for name, quantizer in student.weight_quantizers.items():
         weight = student.network.get_parameter(f"{name}.weight").detach()

@@ -44,8 +44,8 @@ class Block:
 def find_blocks(network: GraphModule, end: Node, fewest_layers: int = 2) -> list[Block]:
     """The blocks between the image and `end`, in order; small neighbours are joined until they have `fewest_layers`.
 
-    None is joined with what comes behind the pooling of all places: a block is compared where its output is a map, as
-    one number a channel and image says too little about the weights in front of it.
+    None is joined with what comes behind the pooling (or flattening) of all places: a block is compared where its
+    output is a map, as one number a channel and image says too little about the weights in front of it.
     """
     graph = network.graph
     (start,) = graph.find_nodes(op="placeholder")
@@ -57,7 +57,7 @@ def find_blocks(network: GraphModule, end: Node, fewest_layers: int = 2) -> list
     blocks: list[Block] = []
     for cut in cuts:
         layers = layers_between(network, start, cut)
-        if len(layers) >= fewest_layers or (layers and (cut is end or _is_pooled_next(cut, following.get(cut)))):
+        if len(layers) >= fewest_layers or (layers and (cut is end or _is_last_map(cut, following.get(cut)))):
             blocks.append(Block(start, cut, layers))
             start = cut
     if start is not end and blocks:  # a rest without layers, or with fewer than asked for
@@ -148,7 +148,8 @@ def _awaits_more(network: GraphModule, node: Node, following: Node | None) -> bo
     return following is not None and following.target not in WEIGHTED and _shape(following) == _shape(node)
 
 
-def _is_pooled_next(node: Node, following: Node | None) -> bool:
+def _is_last_map(node: Node, following: Node | None) -> bool:
+    """Whether what comes next, pooling or flattening, leaves no places of a feature map."""
     before, after = _places(node), _places(following) if following is not None else None
     return before is not None and after is not None and before > after == 1
 
