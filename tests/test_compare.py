@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from mirageq import cli, compare
 from mirageq.errors import UserError
 from mirageq.methods.noise import Noise
 from mirageq.methods.zeroq import ZeroQ
+from mirageq.observe import Observer
 from mirageq.plan import Plan
 from mirageq.testing import SHAPE
 
@@ -79,6 +81,22 @@ def test_images_serve_every_bit_width_and_cells_repeat_to_the_same_figures(place
     assert [row["top1"] for row in first] == [row["top1"] for row in again]
     painted = {row["images"]["sha256"] for row in first if row["method"] == "zeroq, short" and row["seed"] == 0}
     assert len(painted) == 1
+
+
+def test_memory_does_not_grow_with_the_images_that_are_looked_at(place, monkeypatch):
+    look, seen, alive = Observer.__call__, [], []
+
+    def watched(self, images):
+        alive.append(sum(each() is not None for each in seen))
+        observation = look(self, images)
+        seen.append(weakref.ref(observation))
+        return observation
+
+    monkeypatch.setattr(Observer, "__call__", watched)
+    (place / "recipe.toml").write_text(RECIPE.replace("images = 12", "images = 256", 1))
+    run(place, "--methods", "noise", "--bits", "w4a4", "--seeds", "0")
+    assert len(alive) >= 4
+    assert max(alive) <= 1
 
 
 def test_an_interrupted_matrix_goes_on_where_it_was(place, monkeypatch, capsys):

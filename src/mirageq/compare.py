@@ -163,10 +163,13 @@ class Comparison:
     def _look_at(self, source: ImageSource, count: int, teacher: Teacher, folder: Path) -> Row:
         """What the images are like to the teacher, after the student has learnt from them."""
         sample = source.sample(min(count, MEASURED_IMAGES))
+        shown, answers = [], []
         with torch.no_grad():
-            seen = [teacher.observe(chunk.to(teacher.device)) for chunk in sample.images.split(64)]
-        features = torch.cat([part.features.float().cpu() for part in seen])
-        guessed = torch.cat([part.logits.argmax(1).cpu() for part in seen])
+            for chunk in sample.images.split(64):
+                seen = teacher.observe(chunk.to(teacher.device))  # with every norm's input: not to be kept
+                shown.append(seen.features.float().cpu())
+                answers.append(seen.logits.argmax(1).cpu())
+        features, guessed = torch.cat(shown), torch.cat(answers)
         save_file({"images": features, "labels": sample.labels.contiguous()}, folder / "features.safetensors")
         return {
             "sha256": hash_tensors(sample._asdict()),
