@@ -13,6 +13,7 @@ from torch import Tensor
 from mirageq.errors import UserError, check_choices, check_image_size, check_positive
 from mirageq.images import Batch, GrowingSet, SyntheticSet
 from mirageq.journal import Journal
+from mirageq.leaves import dead_leaves
 from mirageq.observe import Glance, Observation, Observer, compiled
 from mirageq.seeding import stream
 from mirageq.teacher import Teacher
@@ -30,6 +31,8 @@ class Descent:
         batch_size: images painted together; they share the batch statistics that are aligned.
         iterations: steps of each batch.
         lr: Adam's learning rate, in units of normalised pixels.
+        start: "noise" is Gaussian and the papers'; "leaves" are dead leaves (`mirageq.leaves`), which look like
+            photographs from afar. A tenth of the papers' rate keeps what they bring.
         schedule: "plateau" multiplies the rate by `lr_factor` after `patience` steps without improvement of the total
             loss, as the papers do with 1,000 iterations; "cosine" lets it fall to `min_lr` over the iterations, which
             serves shorter runs better.
@@ -50,6 +53,7 @@ class Descent:
     batch_size: int = 256
     iterations: int = 1000
     lr: float = 0.5
+    start: Literal["noise", "leaves"] = "noise"
     schedule: Literal["plateau", "cosine"] = "plateau"
     patience: int = 50
     lr_factor: float = 0.1
@@ -121,7 +125,7 @@ class Canvas:
     def paint(
         self, part: Part, loss: Loss, labels: Tensor | None = None, *, develop: Callable[[Tensor], Tensor] | None = None
     ) -> Batch:
-        """Paint a part from Gaussian noise (or read it, if it is already finished).
+        """Paint a part from noise or leaves (or read it, if it is already finished).
 
         Args:
             develop: what to make of the finished images before they are stored.
@@ -129,25 +133,22 @@ class Canvas:
         Returns the images as they are stored, and their labels: the given ones, else those the teacher sees.
         """
         if self._set.finished < part.stop:
-            shape = (part.stop - part.start, *self.image_shape)
-            start = torch.randn(shape, generator=part.stream("noise")).to(self.teacher.device)
             stream, name = self._randomness(part), self._name(part)
-            images = paint(start, loss, self.settings, stream, pixel_range=self._range, journal=self.journal, name=name)
+            images = paint(
+                self._start(part), loss, self.settings, stream, pixel_range=self._range, journal=self.journal, name=name
+            )
             self._write(part, develop(images) if develop else images, labels)
         return self._read(part)
 
     def draw(self, part: Part, parameters: Sequence[Parameters], render: Callable[[], Tensor], loss: Loss) -> Batch:
         """As `paint`, but descend on `parameters`, from which `render()` computes the part's images (N, C, H, W).
 
-        They have mean 0 and variance 1 in each channel. Where pixels have a range, two standard deviations reach its
-        ends, and what lies beyond is cut off before the teacher sees it.
+        They have mean 0 and variance 1 in each channel; what lies beyond the pixels' range, if they have one, is cut
+        off before the teacher sees it.
         """
 
         def shown() -> Tensor:
-            if not self._range:
-                return render()
-            low, high = self._range
-            return ((low + high) / 2 + render() * (high - low) / 4).clamp(low, high)
+            return self._within_range(render())
 
         if self._set.finished < part.stop:
             name = self._name(part)
@@ -155,6 +156,19 @@ class Canvas:
             with torch.no_grad():
                 self._write(part, shown(), None)
         return self._read(part)
+
+    def _start(self, part: Part) -> Tensor:
+        count, device = part.stop - part.start, self.teacher.device
+        if self.settings.start == "leaves":
+            return self._within_range(dead_leaves(count, self.image_shape, part.stream("leaves")).to(device))
+        return torch.randn((count, *self.image_shape), generator=part.stream("noise")).to(device)
+
+    def _within_range(self, images: Tensor) -> Tensor:
+        """Of mean 0 and variance 1, as pixels, if these have a range: two standard deviations reach its ends."""
+        if not self._range:
+            return images
+        low, high = self._range
+        return ((low + high) / 2 + images * (high - low) / 4).clamp(low, high)
 
     def _randomness(self, part: Part) -> torch.Generator:
         """Of the loss and of the swing alike, so that one state brings both back."""

@@ -20,7 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mirageq.errors import check_positive
+from mirageq.errors import UserError, check_positive
 from mirageq.generator import Generator, GeneratorTraining
 from mirageq.images import ImageSource
 from mirageq.journal import Journal
@@ -52,6 +52,8 @@ class Genie(Descent):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "generator_rate", "latent", "width")
+        if self.start != "noise":
+            raise UserError(f"GENIE's images are drawn from latent vectors; they cannot start from {self.start}.")
 
     def synthesize(self, teacher: Teacher, count: int, *, seed: int = 0, journal: Journal | None = None) -> ImageSource:
         """Draw `count` images, a batch and a generator at a time."""
