@@ -35,6 +35,9 @@ def test_the_focal_loss_is_the_slow_loop_and_cross_entropy_without_focus():
         slow += (1 - p) ** 1.7 * -math.log(p) / 9
     assert float(focal_cross_entropy(logits, labels, 1.7)) == pytest.approx(slow, rel=1e-5)
     assert torch.allclose(focal_cross_entropy(logits, labels, 0.0), F.cross_entropy(logits, labels))
+    certain = torch.tensor([[200.0, 0.0], [20.0, 0.0]], requires_grad=True)
+    focal_cross_entropy(certain, torch.tensor([0, 0]), 0.5).backward()  # 0.5 is the paper's for ImageNet
+    assert certain.grad.isfinite().all()
 
 
 def test_hast_paints_the_classes_it_labels(teacher):

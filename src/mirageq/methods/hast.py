@@ -26,6 +26,8 @@ from mirageq.losses import bn_alignment
 from mirageq.paint import Canvas, Descent, Observe
 from mirageq.teacher import Teacher
 
+CERTAIN = 1 - 1e-6
+
 
 @dataclass(frozen=True, kw_only=True)
 class HAST(Descent):
@@ -66,6 +68,9 @@ class HAST(Descent):
 
 
 def focal_cross_entropy(logits: Tensor, labels: Tensor, focus: float) -> Tensor:
-    """Mean of (1 - p)^focus * -log p over images, p the probability of the assigned class."""
+    """Mean of (1 - p)^focus * -log p over images, p the probability of the assigned class.
+
+    A root (focus below 1) has no slope at p = 1, so p counts as `CERTAIN` at most.
+    """
     log_probability = -F.cross_entropy(logits.float(), labels, reduction="none")
-    return ((1 - log_probability.exp()).clamp_min(0).pow(focus) * -log_probability).mean()
+    return ((1 - log_probability.exp()).clamp_min(1 - CERTAIN).pow(focus) * -log_probability).mean()
