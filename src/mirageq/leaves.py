@@ -35,8 +35,8 @@ def dead_leaves(count: int, shape: tuple[int, int, int], generator: torch.Genera
     texture = _textures(count, height, width, generator)
     images = torch.zeros(count, channels, height, width)
     bare = torch.ones(count, height, width, dtype=torch.bool)
+    least = (SMALLEST / LARGEST) ** POWER
     for index in range(LEAVES + 1):
-        least = (SMALLEST / LARGEST) ** POWER
         radius = side * SMALLEST * uniform(least, 1, 1, 1) ** (-1 / POWER)
         angle, aspect = uniform(0, math.pi, 1, 1), uniform(0.3, 1, 1, 1)
         down, across = rows - uniform(0, height, 1, 1), columns - uniform(0, width, 1, 1)
