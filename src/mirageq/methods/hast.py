@@ -26,7 +26,7 @@ from mirageq.losses import bn_alignment
 from mirageq.paint import Canvas, Descent, Observe
 from mirageq.teacher import Teacher
 
-CERTAIN = 1 - 1e-6
+LEAST_DOUBT = 1e-6  # what 1 - p counts as at least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class HAST(Descent):
 def focal_cross_entropy(logits: Tensor, labels: Tensor, focus: float) -> Tensor:
     """Mean of (1 - p)^focus * -log p over images, p the probability of the assigned class.
 
-    A root (focus below 1) has no slope at p = 1, so p counts as `CERTAIN` at most.
+    A root (focus below 1) has no slope at p = 1, so 1 - p counts as `LEAST_DOUBT` at least.
     """
     log_probability = -F.cross_entropy(logits.float(), labels, reduction="none")
-    return ((1 - log_probability.exp()).clamp_min(1 - CERTAIN).pow(focus) * -log_probability).mean()
+    return ((1 - log_probability.exp()).clamp_min(LEAST_DOUBT).pow(focus) * -log_probability).mean()
