@@ -103,6 +103,13 @@ def test_a_recipe_builds_on_another(tmp_path):
     assert built.method == ZeroQ(iterations=3)  # nothing of the base's method, which is another
 
 
+def test_a_recipe_can_leave_out_a_part_of_its_base(tmp_path):
+    (tmp_path / "two.toml").write_text('base = "best-cifar10"\n[method]\nthird = false\n')
+    base, built = (recipe.build(recipe.read(name)) for name in ("best-cifar10", str(tmp_path / "two.toml")))
+    assert base.method.third
+    assert built.method == replace(base.method, third=None)
+
+
 def test_a_base_that_leads_nowhere_is_told(tmp_path):
     (tmp_path / "a.toml").write_text(f'base = "{tmp_path / "b.toml"}"')
     (tmp_path / "b.toml").write_text(f'base = "{tmp_path / "a.toml"}"')

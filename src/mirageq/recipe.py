@@ -78,15 +78,21 @@ def read(name: str, above: tuple[str, ...] = ()) -> Table:
 def laid_over(base: Table, own: Table) -> Table:
     """What `own` says, and what `base` says where `own` does not; a method or tuner of another name takes nothing over.
 
+    A section that `own` sets to `false` is left out.
+
     >>> laid_over({"images": 8, "method": {"name": "zeroq", "lr": 0.1}}, {"method": {"lr": 0.2}})
     {'images': 8, 'method': {'name': 'zeroq', 'lr': 0.2}}
     >>> laid_over({"method": {"name": "zeroq", "lr": 0.1}}, {"method": {"name": "noise"}})
     {'method': {'name': 'noise'}}
+    >>> laid_over({"name": "union", "third": {"name": "genie"}}, {"third": False})
+    {'name': 'union'}
     """
     if own.get("name", base.get("name")) != base.get("name"):
         return own
-    sections = [name for name in base if isinstance(base[name], dict) and isinstance(own.get(name), dict)]
-    return {**base, **own, **{name: laid_over(base[name], own[name]) for name in sections}}
+    sections = [name for name in base if isinstance(base[name], dict)]
+    inner = {name: laid_over(base[name], own[name]) for name in sections if isinstance(own.get(name), dict)}
+    left_out = {name for name in sections if own.get(name) is False}
+    return {name: value for name, value in {**base, **own, **inner}.items() if name not in left_out}
 
 
 def assign(table: Table, assignments: Sequence[str]) -> Table:
