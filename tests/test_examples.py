@@ -33,13 +33,13 @@ def test_own_method(check, own_method, tmp_path):
     check(own_method.SmoothNoise(), tmp_path)
 
 
-def test_the_demo_compares_three_models_and_writes_a_run(tmp_path):
+def test_the_demo_compares_four_models_and_writes_a_run(tmp_path):
     demo, screen = example("demo"), io.StringIO()
     quick = ["images=16", "calibration_images=16", "method.iterations=3", "tuner.steps=3"]
     wanted = recipe.build(recipe.assign(recipe.read("demo"), quick))
     choice = NetworkChoice(name="py:mirageq.testing:TinyResNet", image_shape=SHAPE)
     shares = demo.compare(choice, wanted, tmp_path / "demo", Console(file=screen, width=120))
-    assert set(shares) == {"IntraQ, tuned", "IntraQ, not tuned", "noise, tuned"}
+    assert set(shares) == {"no images, SQuant", "IntraQ, tuned", "IntraQ, not tuned", "noise, tuned"}
     assert all(0 <= share <= 100 for share in shares.values())
     for name, share in shares.items():
         assert f"{share:.1f} %" in next(line for line in screen.getvalue().splitlines() if name in line)
