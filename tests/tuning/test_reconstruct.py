@@ -164,6 +164,29 @@ def test_a_soft_weight_begins_at_the_weight_and_ends_on_a_code_beside_it():
     assert soft.indecision(20.0) == 0
 
 
+@pytest.mark.parametrize("piece", [40, 2**17])
+def test_a_soft_weight_has_the_gradients_of_its_formula(piece, monkeypatch):
+    monkeypatch.setattr(soft, "PIECE", piece)
+    weight, pull = torch.randn(6, 4, 3, 3) * 0.1, torch.randn(6, 4, 3, 3)
+    part = SoftWeight(WeightQuantizer("layer", weight, 3, True, "percentile", 90.0), weight, learn_scale=True)
+    with torch.no_grad():
+        part.up.mul_(4)  # some shares at their ends, some codes beyond the grid's
+    result, indecision = part(weight)[0], part.indecision(3.5)
+    ((result * pull).sum() + 0.1 * indecision).backward()
+
+    up, factor = part.up.detach().clone().requires_grad_(), torch.ones_like(part.factor).requires_grad_()
+    share = (torch.sigmoid(up) * 1.2 - 0.1).clamp(0, 1)
+    codes = torch.minimum(torch.maximum(part.base + share, part.low), part.high)
+    expected, undecided = codes * part.start * factor, (1 - (2 * share - 1).abs() ** 3.5).sum()
+    ((expected * pull).sum() + 0.1 * undecided).backward()
+    assert ((share == 0) | (share == 1)).any()
+    assert ((codes == part.low) | (codes == part.high)).any()
+    assert torch.equal(result, expected)
+    assert indecision.item() == pytest.approx(undecided.item(), rel=1e-5)
+    assert torch.allclose(part.up.grad, up.grad, rtol=1e-4, atol=1e-7)
+    assert torch.allclose(part.factor.grad, factor.grad, rtol=1e-4)
+
+
 def test_dropping_leaves_numbers_out_at_its_rate():
     quantizer = ActivationQuantizer("x", 2, False)
     quantizer.set_range(torch.tensor(0.0), torch.tensor(1.0))
