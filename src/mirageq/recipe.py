@@ -89,10 +89,14 @@ def laid_over(base: Table, own: Table) -> Table:
     """
     if own.get("name", base.get("name")) != base.get("name"):
         return own
-    sections = [name for name in base if isinstance(base[name], dict)]
-    inner = {name: laid_over(base[name], own[name]) for name in sections if isinstance(own.get(name), dict)}
-    left_out = {name for name in sections if own.get(name) is False}
-    return {name: value for name, value in {**base, **own, **inner}.items() if name not in left_out}
+    result = {**base, **own}
+    for name, section in base.items():
+        given = own.get(name)
+        if isinstance(section, dict) and isinstance(given, dict):
+            result[name] = laid_over(section, given)
+        elif isinstance(section, dict) and given is False:
+            del result[name]
+    return result
 
 
 def assign(table: Table, assignments: Sequence[str]) -> Table:

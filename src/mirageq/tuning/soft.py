@@ -60,7 +60,7 @@ class SoftWeight(_LearnedScale):
     @torch.no_grad()
     def settle(self, quantizer: WeightQuantizer, weight: nn.Parameter) -> None:
         """Move the weight to the codes that were chosen, and the quantizer's step to the one that was learned."""
-        codes = torch.minimum(torch.maximum(self.base + (self.up >= 0).float(), self.low), self.high)
+        codes = _on_grid(self.base + (self.up >= 0).float(), self.low, self.high)
         quantizer.fix(self.scale.detach())
         weight.copy_(codes * quantizer.scale)  # type: ignore[operator]
 
@@ -73,8 +73,7 @@ class _SoftRounding(torch.autograd.Function):
         ctx.save_for_backward(up, scale, base, low, high)
         result = torch.empty_like(up)
         for rows, step, whole, least, most, out in _rows(up, scale, base, low, high, result):
-            torch.add(whole, _share(rows)[0], out=out)
-            torch.minimum(torch.maximum(out, least, out=out), most, out=out).mul_(step)
+            torch.mul(_on_grid(_share(rows)[0].add_(whole), least, most), step, out=out)
         return result
 
     @staticmethod
@@ -86,7 +85,7 @@ class _SoftRounding(torch.autograd.Function):
         for rows, step, whole, least, most, given, out, out_scale in _rows(*tensors):
             share, slope = _share(rows)
             codes = share.add_(whole)
-            clipped = torch.minimum(torch.maximum(codes, least), most)
+            clipped = _on_grid(codes, least, most)
             out_scale.copy_((given * clipped).flatten(1).sum(1).view_as(out_scale))
             inside = torch.eq(codes, clipped, out=clipped)
             torch.mul(given, step, out=out).mul_(slope).mul_(inside)
@@ -114,6 +113,12 @@ class _Indecision(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (to_up,) = ctx.saved_tensors
         return to_up * gradient, None
+
+
+def _on_grid(codes: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Codes (O, ...) within what the grid of each of the O rows has."""
+    clipped = torch.maximum(codes, low)
+    return torch.minimum(clipped, high, out=clipped)
 
 
 def _share(up: Tensor) -> tuple[Tensor, Tensor]:
