@@ -40,8 +40,15 @@ def main() -> None:
     for name in options.networks:
         teacher, images = network_and_images(name, options.count)
         for bits in options.bits:
-            scheme = {"weight_range": "mse", "activation_range": "mse", "placement": "deploy", "first_last_bits": 8}
-            student = convert(teacher.network, Scheme(weight_bits=bits, activation_bits=bits, **scheme))
+            scheme = Scheme(
+                weight_bits=bits,
+                activation_bits=bits,
+                placement="deploy",
+                first_last_bits=8,
+                weight_range="mse",
+                activation_range="mse",
+            )
+            student = convert(teacher.network, scheme)
             student.calibrate(images[:64].split(16))
             for runtime in options.runtimes:
                 row = {"network": name, "bits": f"w{bits}a{bits}", "threads": options.threads}

@@ -12,6 +12,8 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 def _load(name: str):
     """A network with its weights; `pretrained_cfg` tells image shape and normalisation, as timm's networks do."""
     spec = importlib.util.spec_from_file_location("zoo", DATA / "zoo.py")
+    assert spec is not None
+    assert spec.loader is not None
     zoo = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(zoo)
     model, _, size = zoo.load(name)

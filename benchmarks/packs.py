@@ -13,6 +13,7 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -78,7 +79,7 @@ class Measure:
         self.teacher, self.data = teacher, data
 
     def __call__(self, run) -> dict:
-        measured = accuracy(run, self.data, self.teacher.mean, self.teacher.std, batch_size=20)
+        measured = accuracy(run, self.data, self.teacher.mean, self.teacher.std)
         return {"top1": measured.top1, "count": measured.count}
 
 
@@ -109,7 +110,7 @@ def of_tensors(run):
     return lambda images: torch.from_numpy(np.asarray(run(images.numpy())))
 
 
-TOOLS = {
+TOOLS: dict[str, Callable] = {  # (pack, folder) -> the quantized network
     "onnxruntime, min-max": partial(with_onnxruntime, CalibrationMethod.MinMax),
     "onnxruntime, percentile": partial(with_onnxruntime, CalibrationMethod.Percentile),
     "nncf": with_nncf,
