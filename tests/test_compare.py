@@ -70,6 +70,10 @@ def test_a_matrix_gives_a_table_a_plot_and_a_picture(place, capsys):
     ours = [row["top1"] for row in rows(place) if row["method"] == "noise" and row["bits"] == "w4a4"]
     assert entries[0]["top1"] == pytest.approx(np.mean(ours))
     assert entries[0]["spread"] == pytest.approx(np.std(ours, ddof=1))
+    assert "| images from | w4a4 top-1 | drop | KL |" in text
+    diverged = [row["divergence"] for row in rows(place) if row["method"] == "noise" and row["bits"] == "w4a4"]
+    line = next(line for line in text.splitlines() if line.startswith("| noise | "))
+    assert line.split(" | ")[3] == f"{np.mean(diverged):.3f}"
     for name in ("accuracy.png", "features.png"):
         assert (place / "out" / name).stat().st_size > 5000
 
@@ -118,6 +122,15 @@ def test_an_interrupted_matrix_goes_on_where_it_was(place, monkeypatch, capsys):
     assert [(row["label"], row["top1"]) for row in rows(place)] == [
         (row["label"], row["top1"]) for row in rows(place, "whole")
     ]
+
+
+def test_cells_of_before_divergences_were_measured_have_no_column_of_them(place, capsys):
+    run(place, "--methods", "noise", "--bits", "w4a4")
+    path = place / "out" / "cells.jsonl"
+    older = [{name: value for name, value in row.items() if name != "divergence"} for row in rows(place)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in older))
+    assert cli.main(["show", str(place / "out")]) == 0
+    assert "| images from | w4a4 top-1 | drop |\n| --- | ---: | ---: |" in (place / "out" / "table.md").read_text()
 
 
 def test_a_cut_line_costs_only_its_cell(place):

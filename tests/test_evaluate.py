@@ -40,6 +40,17 @@ def test_pixels_are_normalised_channel_by_channel(tmp_path):
     assert seen[0].flatten().tolist() == [1.0, 1.0, 0.0]
 
 
+def test_the_divergence_from_a_teacher_is_its_definition(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "MOST_IMAGES", 2)
+    images = np.random.default_rng(0).integers(0, 256, (5, 1, 3, 3))
+    data = write(tmp_path / "data.npz", images, [0, 1, 2, 0, 1])
+    result = accuracy(lambda x: x[:, :, 0, 0], data, (0.0,) * 3, (0.5,) * 3, teacher=lambda x: x[:, :, 0, 1])
+    student, teacher = (np.exp(images[:, 0, column] / 255 / 0.5) for column in (0, 1))
+    p, q = (each / each.sum(1, keepdims=True) for each in (teacher, student))
+    assert result.divergence == pytest.approx((p * np.log(p / q)).sum(1).mean(), rel=1e-5)
+    assert accuracy(lambda x: x[:, :, 0, 0], data, (0.0,) * 3, (0.5,) * 3).divergence is None
+
+
 def test_the_error_bar_is_binomial_and_told():
     result = Accuracy(top1=80.0, top5=95.0, count=400)
     assert result.standard_error == pytest.approx(2.0)

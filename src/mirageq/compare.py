@@ -140,7 +140,7 @@ class Comparison:
             seed=cell.seed,
             journal=learning,
         )
-        measured = accuracy(student, data, teacher.mean, teacher.std, device=str(teacher.device))
+        measured = accuracy(student, data, teacher.mean, teacher.std, teacher=teacher, device=str(teacher.device))
         return {
             "label": cell.label,
             "method": cell.method,
@@ -151,6 +151,7 @@ class Comparison:
             "top5": measured.top5,
             "count": measured.count,
             "standard_error": measured.standard_error,
+            "divergence": measured.divergence,
             "full_precision": self.protocol.full_precision,
             "images": self._look_at(source, wanted.images, teacher, folder),
             "recipe": recipes.describe(wanted),

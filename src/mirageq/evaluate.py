@@ -19,11 +19,16 @@ Classifier = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Top-1 and top-5 in percent over `count` images; `standard_error` of top-1, binomial, in percentage points."""
+    """Top-1 and top-5 in percent over `count` images; `standard_error` of top-1, binomial, in percentage points.
+
+    `divergence` is KL(teacher || model) in nats, the mean over images, where a teacher was given: it needs no labels,
+    and tells students apart with fewer images than accuracy does.
+    """
 
     top1: float
     top5: float | None
     count: int
+    divergence: float | None = None
 
     @property
     def standard_error(self) -> float:
@@ -45,9 +50,12 @@ def accuracy(
     mean: tuple[float, ...] | None,
     std: tuple[float, ...] | None,
     *,
+    teacher: Classifier | None = None,
     device: str = "cpu",
 ) -> Accuracy:
     """The accuracy of `model` on labelled images, each normalised as (pixels / 255 - mean) / std.
+
+    With a `teacher`, also how far it diverges from that one.
 
     Raises:
         UserError: the normalisation is unknown, or labels do not fit the network's classes.
@@ -55,10 +63,14 @@ def accuracy(
     if mean is None or std is None:
         raise UserError("The network's normalisation is unknown; give --mean and --std (of pixels in [0, 1]).")
     centre, width = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (mean, std))
-    first = fifth = count = 0
-    classes = 0
+    first = fifth = count = classes = 0
+    divergence = 0.0
     for pixels, labels in data.batches(data.fitting(PIXELS, MOST_IMAGES)):
-        logits = model((pixels.to(device) / 255 - centre) / width)
+        images = (pixels.to(device) / 255 - centre) / width
+        logits = model(images)
+        if teacher:
+            expected, given = teacher(images).float().log_softmax(1), logits.float().log_softmax(1)
+            divergence += F.kl_div(given, expected, log_target=True, reduction="sum").item()
         labels, classes = labels.to(device), logits.shape[1]
         if int(labels.max()) >= classes:
             raise UserError(
@@ -68,7 +80,8 @@ def accuracy(
         best = logits.topk(min(5, classes), dim=1).indices
         hits = best == labels[:, None]
         first, fifth, count = first + int(hits[:, 0].sum()), fifth + int(hits.sum()), count + len(labels)
-    return Accuracy(100 * first / count, 100 * fifth / count if classes > 5 else None, count)
+    top5 = 100 * fifth / count if classes > 5 else None
+    return Accuracy(100 * first / count, top5, count, divergence / count if teacher else None)
 
 
 @torch.no_grad()

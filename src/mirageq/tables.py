@@ -25,16 +25,19 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
 
 
 def accuracy_table(rows: Sequence[Row]) -> str:
-    """Markdown: a line for each source of images, and for each bit-width top-1 over seeds and its drop."""
+    """Markdown: a line for each source of images, and for each bit-width top-1 over seeds, its drop, and the KL.
+
+    The divergence from the teacher (KL) has a column where every row tells it.
+    """
     bits = _in_order(row["bits"] for row in rows)
-    full = rows[0]["full_precision"]
+    figures = ["top-1", "drop", "KL"] if all(row.get("divergence") is not None for row in rows) else ["top-1", "drop"]
     lines = [
-        "| images from | " + " | ".join(f"{name} top-1 | drop" for name in bits) + " |",
-        "| --- |" + " ---: | ---: |" * len(bits),
+        "| images from | " + " | ".join(f"{name} " + " | ".join(figures) for name in bits) + " |",
+        "| --- |" + " ---: |" * len(bits) * len(figures),
     ]
     for source in _in_order(source_of(row) for row in rows):
-        cells = [_cell([r for r in rows if source_of(r) == source and r["bits"] == name], full) for name in bits]
-        lines.append(f"| {source} | " + " | ".join(cells) + " |")
+        ours = [[row for row in rows if source_of(row) == source and row["bits"] == name] for name in bits]
+        lines.append(f"| {source} | " + " | ".join(" | ".join(_figures(cell, figures)) for cell in ours) + " |")
     return "\n".join(lines)
 
 
@@ -128,13 +131,16 @@ def describe(delivery: Delivery) -> list[str | Grid]:
     return [sizes, "", proofs if delivery.verifications else structure, "", *left, f"wrote {delivery.path}"]
 
 
-def _cell(rows: Sequence[Row], full: float) -> str:
+def _figures(rows: Sequence[Row], wanted: Sequence[str]) -> list[str]:
+    """What a table says of cells that differ in their seed alone."""
     if not rows:
-        return "- | -"
-    values = [row["top1"] for row in rows]
-    mean, spread = mean_and_spread(values)
-    seeds = f" ± {spread:.2f} ({len(values)} seeds)" if len(values) > 1 else " (1 seed)"
-    return f"{mean:.2f}{seeds} | {full - mean:.2f}"
+        return ["-"] * len(wanted)
+    mean, spread = mean_and_spread([row["top1"] for row in rows])
+    seeds = f" ± {spread:.2f} ({len(rows)} seeds)" if len(rows) > 1 else " (1 seed)"
+    said = {"top-1": f"{mean:.2f}{seeds}", "drop": f"{rows[0]['full_precision'] - mean:.2f}"}
+    if "KL" in wanted:
+        said["KL"] = _mean([row["divergence"] for row in rows], 3)
+    return [said[figure] for figure in wanted]
 
 
 def _mean(values: Sequence[float | None], digits: int) -> str:
