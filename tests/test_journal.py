@@ -50,6 +50,16 @@ def test_seconds_add_up_over_interrupted_and_killed_calls(tmp_path, monkeypatch)
     assert journal.seconds == {"tune": 5.5, "calibrate": 1.0}
 
 
+def test_seconds_count_up_to_the_last_checkpoint_of_a_part(tmp_path, monkeypatch):
+    clock = iter([0.0, 7.0])
+    monkeypatch.setattr("mirageq.journal.time.perf_counter", lambda: next(clock))
+    killed = Journal(tmp_path)
+    alive = killed.timed("synthesize")
+    alive.__enter__()  # never left
+    killed.within("first").checkpoint("paint").save({})  # at 7
+    assert Journal(tmp_path).seconds == {"synthesize": 7.0}
+
+
 def test_checkpoints_wait_for_their_time_and_vanish_when_cleared(tmp_path):
     patient, eager = Journal(tmp_path).checkpoint("a"), Journal(tmp_path, checkpoint_seconds=0).checkpoint("b")
     patient.offer(lambda: {"step": 1})

@@ -43,6 +43,7 @@ class Journal:
             self.history = read_history(self._file)
         self.seconds: dict[str, float] = {}
         self._clock: tuple[str, float] | None = None
+        self._above: Journal | None = None
         if folder and (folder / SECONDS).exists():
             self.seconds = json.loads((folder / SECONDS).read_text())
 
@@ -90,7 +91,9 @@ class Journal:
         folder = self.folder / name if self.folder else None
         if folder:
             folder.mkdir(exist_ok=True)
-        return Journal(folder, self.console, checkpoint_seconds=self.checkpoint_seconds)
+        part = Journal(folder, self.console, checkpoint_seconds=self.checkpoint_seconds)
+        part._above = self
+        return part
 
     def checkpoint(self, name: str) -> Checkpoint:
         """The checkpoint slot `name` of this run."""
@@ -98,6 +101,8 @@ class Journal:
         return Checkpoint(path, self.checkpoint_seconds, self._note_time)
 
     def _note_time(self) -> None:
+        if self._above:
+            self._above._note_time()
         if self._clock:
             (name, since), now = self._clock, time.perf_counter()
             self.seconds[name] = self.seconds.get(name, 0.0) + now - since
