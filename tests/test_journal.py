@@ -51,7 +51,7 @@ def test_seconds_add_up_over_interrupted_and_killed_calls(tmp_path, monkeypatch)
 
 
 def test_seconds_count_up_to_the_last_checkpoint_of_a_part(tmp_path, monkeypatch):
-    clock = iter([0.0, 7.0])
+    clock = iter([0.0, 7.0, 9.0])
     monkeypatch.setattr("mirageq.journal.time.perf_counter", lambda: next(clock))
     killed = Journal(tmp_path)
     alive = killed.timed("synthesize")
