@@ -74,6 +74,8 @@ def test_a_matrix_gives_a_table_a_plot_and_a_picture(place, capsys):
     diverged = [row["divergence"] for row in rows(place) if row["method"] == "noise" and row["bits"] == "w4a4"]
     line = next(line for line in text.splitlines() if line.startswith("| noise | "))
     assert line.split(" | ")[3] == f"{np.mean(diverged):.3f}"
+    assert "KL is the divergence" in text
+    assert entries[0]["divergence"] == pytest.approx(np.mean(diverged))
     for name in ("accuracy.png", "features.png"):
         assert (place / "out" / name).stat().st_size > 5000
 
@@ -130,7 +132,10 @@ def test_cells_of_before_divergences_were_measured_have_no_column_of_them(place,
     older = [{name: value for name, value in row.items() if name != "divergence"} for row in rows(place)]
     path.write_text("".join(json.dumps(row) + "\n" for row in older))
     assert cli.main(["show", str(place / "out")]) == 0
-    assert "| images from | w4a4 top-1 | drop |\n| --- | ---: | ---: |" in (place / "out" / "table.md").read_text()
+    text = (place / "out" / "table.md").read_text()
+    assert "| images from | w4a4 top-1 | drop |\n| --- | ---: | ---: |" in text
+    assert "KL is the divergence" not in text
+    assert "divergence" not in json.loads((place / "out" / "table.json").read_text())[0]
 
 
 def test_a_cut_line_costs_only_its_cell(place):

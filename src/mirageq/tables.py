@@ -30,8 +30,7 @@ def accuracy_table(rows: Sequence[Row]) -> str:
     The divergence from the teacher (KL) has a column where every row tells it.
     """
     bits = _in_order(row["bits"] for row in rows)
-    diverging = all(row.get("divergence") is not None for row in rows)
-    figures = ["top-1", "drop", "KL"] if diverging else ["top-1", "drop"]
+    figures = ["top-1", "drop", "KL"] if _diverging(rows) else ["top-1", "drop"]
     lines = [
         "| images from | " + " | ".join(f"{name} " + " | ".join(figures) for name in bits) + " |",
         "| --- |" + " ---: |" * len(bits) * len(figures),
@@ -64,11 +63,12 @@ def page(protocol: Protocol, rows: Sequence[Row]) -> str:
     if not rows:
         return f"{protocol.sentences()}\n\nNo cell is finished yet.\n"
     error = max(row["standard_error"] for row in rows)
+    divergence = " KL is the divergence from the teacher's probabilities, in nats an image." if _diverging(rows) else ""
     memory = max(row["peak_memory_bytes"] for row in rows) / 2**30
     return (
         f"{protocol.sentences()}\n\n{accuracy_table(rows)}\n\n"
-        f"`±` is the standard deviation over seeds; the binomial error of one figure is at most {error:.2f}. "
-        f"Peak memory {memory:.1f} GiB.\n\n{image_table(rows)}\n"
+        f"`±` is the standard deviation over seeds; the binomial error of one figure is at most {error:.2f}."
+        f"{divergence} Peak memory {memory:.1f} GiB.\n\n{image_table(rows)}\n"
     )
 
 
@@ -77,20 +77,20 @@ def summary(rows: Sequence[Row]) -> list[Row]:
     entries = []
     for source in _in_order(source_of(row) for row in rows):
         for bits in _in_order(row["bits"] for row in rows):
-            values = [row["top1"] for row in rows if source_of(row) == source and row["bits"] == bits]
-            if values:
-                mean, spread = mean_and_spread(values)
-                full = rows[0]["full_precision"]
-                entries.append(
-                    {
-                        "images_from": source,
-                        "bits": bits,
-                        "top1": mean,
-                        "spread": spread,
-                        "seeds": len(values),
-                        "drop": full - mean,
-                    }
-                )
+            ours = [row for row in rows if source_of(row) == source and row["bits"] == bits]
+            if ours:
+                mean, spread = mean_and_spread([row["top1"] for row in ours])
+                entry = {
+                    "images_from": source,
+                    "bits": bits,
+                    "top1": mean,
+                    "spread": spread,
+                    "seeds": len(ours),
+                    "drop": ours[0]["full_precision"] - mean,
+                }
+                if _diverging(ours):
+                    entry["divergence"] = statistics.mean(row["divergence"] for row in ours)
+                entries.append(entry)
     return entries
 
 
@@ -130,6 +130,11 @@ def describe(delivery: Delivery) -> list[str | Grid]:
     left = [f"left in float: {name}: {reason}" for name, reason in delivery.left_in_float]
     structure = f"the profile '{delivery.profile}' is checked for its structure only"
     return [sizes, "", proofs if delivery.verifications else structure, "", *left, f"wrote {delivery.path}"]
+
+
+def _diverging(rows: Sequence[Row]) -> bool:
+    """Whether every row tells its divergence from the teacher."""
+    return all(row.get("divergence") is not None for row in rows)
 
 
 def _figures(rows: Sequence[Row]) -> list[str]:
