@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.export import Dim, export
 
-from mirageq import cli
-from mirageq.run import Run
+from mirageq import Distill, Teacher, ZeroQ, cli
+from mirageq.recipe import Recipe
+from mirageq.run import NetworkChoice, Run, load_teacher
 from mirageq.testing import SHAPE, TinyResNet
 
 TINY = ["py:mirageq.testing:TinyResNet", "--image-shape", ",".join(map(str, SHAPE)), "--device", "cpu"]
@@ -59,23 +60,44 @@ def test_quantize_writes_a_whole_run(finished):
     ]
 
 
-def test_the_stored_student_answers_as_the_tuned_one_did(finished):
-    run = Run.open(finished)
-    from mirageq.run import load_teacher
-
-    teacher = load_teacher(run.choice)
-    student = run.student(teacher)
+def test_the_stored_student_answers_as_the_tuned_one_did(tmp_path):
+    teacher = Teacher.wrap(TinyResNet(), SHAPE)
+    choice = NetworkChoice(name="py:mirageq.testing:TinyResNet", image_shape=SHAPE)
+    recipe = Recipe(method=ZeroQ(iterations=2), tuner=Distill(steps=3, batch_size=4), images=8, calibration_images=8)
+    run = Run.create(tmp_path / "run", choice, recipe, 0, teacher)
+    tuned = run.execute(teacher).student
     images = run.images().sample(8).images
-    assert torch.equal(student(images), run.student(teacher)(images))
-    assert not torch.equal(student(images), teacher(images))
+    stored = Run.open(tmp_path / "run").student(load_teacher(choice))
+    assert torch.equal(stored(images), tuned(images))
+    assert not torch.equal(stored(images), teacher(images))
 
 
-def test_show_draws_what_a_run_made(finished, capsys):
-    assert cli.main(["show", str(finished)]) == 0
+@pytest.mark.parametrize(
+    ("made", "pictured"),
+    [
+        (["--method", "intraq", *QUICK], ["synthesis, one line a batch", "tuning"]),
+        (["--recipe", "squant"], []),
+        (
+            ["--method", "union", "--set", "images=8", "--set", "method.first.iterations=2", "--set", "tuner.steps=0"]
+            + ["--set", "method.second.iterations=2"],
+            ["first: synthesis, one line a batch", "second: synthesis, one line a batch"],
+        ),
+    ],
+    ids=["intraq", "squant", "union"],
+)
+def test_show_draws_what_a_run_made(made, pictured, tmp_path, monkeypatch, capsys):
+    from mirageq import report
+
+    assert cli.main(["quantize", *TINY, *made, "--out", str(tmp_path / "run")]) == 0
+    titles, draw = [], report._draw
+    monkeypatch.setattr(report, "_draw", lambda axis, title, stages: (titles.append(title), draw(axis, title, stages)))
+    capsys.readouterr()
+    assert cli.main(["show", str(tmp_path / "run")]) == 0
+    assert titles == pictured
+    printed = capsys.readouterr().out
     for name in ("images.png", "curves.png"):
-        assert (finished / name).stat().st_size > 5000
-        assert name in capsys.readouterr().out or name == "curves.png"
-        (finished / name).unlink()
+        assert (tmp_path / "run" / name).stat().st_size > 5000
+        assert name in printed
 
 
 def test_the_images_of_a_run_serve_another_bit_width(finished, tmp_path):

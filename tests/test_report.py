@@ -33,10 +33,10 @@ def test_curves_are_drawn_from_a_history_with_zeros_and_notes(tmp_path):
     rows = [{"stage": "images 0-3", "step": step, "bn": 1 / (step + 1), "margin": 0.0, "lr": 0.1} for step in range(5)]
     rows += [{"stage": "note", "step": 5, "text": "hello"}, {"stage": "tune", "step": 0, "kd": 2.0, "lr": 1.0}]
     (tmp_path / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    loss_curves(tmp_path / "history.jsonl", tmp_path / "curves.png")
+    loss_curves(tmp_path, tmp_path / "curves.png")
     assert matplotlib.image.imread(tmp_path / "curves.png").shape[1] > 1000, "two panels"
     (tmp_path / "history.jsonl").write_text("")
-    loss_curves(tmp_path / "history.jsonl", tmp_path / "empty.png")
+    loss_curves(tmp_path, tmp_path / "empty.png")
     assert (tmp_path / "empty.png").exists()
 
 
@@ -51,7 +51,7 @@ def test_generators_and_reconstruction_have_curves_of_their_own(tmp_path, monkey
     (tmp_path / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     titles = []
     monkeypatch.setattr(report, "_draw", lambda axis, title, stages: titles.append(title))
-    loss_curves(tmp_path / "history.jsonl", tmp_path / "curves.png")
+    loss_curves(tmp_path, tmp_path / "curves.png")
     assert titles == ["the generator's warm-up", "reconstruction, block by block", "tuning"]
 
 

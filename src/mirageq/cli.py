@@ -212,7 +212,7 @@ def _show_run(folder: Path) -> None:
     network = run.choice.load()
     sheet, curves = run.folder / "images.png", run.folder / "curves.png"
     contact_sheet(run.images().sample(SHOWN), sheet, mean=network.mean, std=network.std)
-    loss_curves(run.folder / "history.jsonl", curves)
+    loss_curves(run.folder, curves)
     print(f"wrote {sheet}\nwrote {curves}")
 
 

@@ -86,8 +86,7 @@ class Comparison:
 
     def rows(self) -> list[Row]:
         """The finished cells."""
-        path = self.folder / CELLS
-        return read_history(path) if path.exists() else []
+        return read_history(self.folder / CELLS)
 
     def fill(
         self, plan: Plan, teacher: Teacher, data: LabelledImages, console: Console, only: Sequence[str] = ()

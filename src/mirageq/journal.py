@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mirageq.folders import write_text
 
-SECONDS = "seconds.json"
+HISTORY, SECONDS = "history.jsonl", "seconds.json"
 
 Advance = Callable[..., None]
 """`advance(step, **values)`: step `step` (0-based) is done, with these numbers to remember."""
@@ -37,10 +37,8 @@ class Journal:
         self, folder: Path | None = None, console: Console | None = None, *, checkpoint_seconds: float = 30.0
     ) -> None:
         self.folder, self.console, self.checkpoint_seconds = folder, console, checkpoint_seconds
-        self.history: list[dict[str, Any]] = []
-        self._file = folder / "history.jsonl" if folder else None
-        if self._file and self._file.exists():
-            self.history = read_history(self._file)
+        self._file = folder / HISTORY if folder else None
+        self.history = read_history(self._file) if self._file else []
         self.seconds: dict[str, float] = {}
         self._clock: tuple[str, float] | None = None
         self._above: Journal | None = None
@@ -91,7 +89,7 @@ class Journal:
         folder = self.folder / name if self.folder else None
         if folder:
             folder.mkdir(exist_ok=True)
-        part = Journal(folder, self.console, checkpoint_seconds=self.checkpoint_seconds)
+        part = self._alike(folder)
         part._above = self
         return part
 
@@ -99,6 +97,9 @@ class Journal:
         """The checkpoint slot `name` of this run."""
         path = self.folder / "checkpoints" / f"{name}.pt" if self.folder else None
         return Checkpoint(path, self.checkpoint_seconds, self._note_time)
+
+    def _alike(self, folder: Path | None) -> Journal:
+        return Journal(folder, self.console, checkpoint_seconds=self.checkpoint_seconds)
 
     def _note_time(self) -> None:
         if self._above:
@@ -166,8 +167,10 @@ class Checkpoint:
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """The rows of a `history.jsonl`; a last line cut short by an interruption is left out."""
-    rows = []
+    """The rows of a `history.jsonl`, none if it was never begun; a last line cut short by an interruption is left out."""
+    rows: list[dict[str, Any]] = []
+    if not path.exists():
+        return rows
     for line in path.read_text().splitlines():
         try:
             rows.append(json.loads(line))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mirageq.images import Batch
-from mirageq.journal import read_history
+from mirageq.journal import HISTORY, read_history
 from mirageq.protocol import Protocol
 from mirageq.tables import Row, mean_and_spread, page, source_of, summary
 
@@ -21,6 +21,7 @@ import matplotlib.pyplot as plt
 Curves = dict[str, dict[str, list[tuple[int, float]]]]
 
 DRAWN_CLASSES = 10
+STAGES = {"generator": "the generator's warm-up", "reconstruct": "reconstruction, block by block", "tune": "tuning"}
 FEWEST_POINTS = 10  # for a picture of features
 
 
@@ -60,13 +61,18 @@ def contact_sheet(
     plt.close(figure)
 
 
-def loss_curves(history: Path, path: Path) -> None:
-    """Write a PNG with the loss terms of synthesis (all batches over one another), of a generator, and of tuning."""
-    curves = _curves(read_history(history))
-    painting = {stage: terms for stage, terms in curves.items() if stage.startswith("images")}
-    panels = [("synthesis, one line a batch", painting)] if painting else []
-    titles = {"generator": "the generator's warm-up", "reconstruct": "reconstruction, block by block", "tune": "tuning"}
-    panels += [(title, {stage: curves[stage]}) for stage, title in titles.items() if stage in curves]
+def loss_curves(folder: Path, path: Path) -> None:
+    """Write a PNG of a run's loss terms: of synthesis (all batches over one another), of a generator, and of tuning.
+
+    A method that is made of others has the panels of each, under the name of its part.
+    """
+    panels = []
+    for file in sorted(folder.rglob(HISTORY), key=lambda file: (-len(file.parts), file)):  # synthesis before tuning
+        curves = _curves(read_history(file))
+        of = "" if file.parent == folder else f"{file.parent.relative_to(folder).as_posix()}: "
+        painting = {stage: terms for stage, terms in curves.items() if stage.startswith("images")}
+        panels += [(f"{of}synthesis, one line a batch", painting)] if painting else []
+        panels += [(of + title, {stage: curves[stage]}) for stage, title in STAGES.items() if stage in curves]
     figure, axes = plt.subplots(1, max(len(panels), 1), figsize=(6 * max(len(panels), 1), 4), squeeze=False)
     for axis, (title, stages) in zip(axes[0], panels, strict=False):
         _draw(axis, title, stages)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from mirageq.errors import UserError
 from mirageq.images import SyntheticSet, hash_tensors
-from mirageq.journal import Journal
+from mirageq.journal import HISTORY, Journal, read_history
 from mirageq.methods import Method
 from mirageq.reference import card
 from mirageq.teacher import Teacher
@@ -130,7 +130,9 @@ def continues_an_interrupted_run_to_the_same_bits(method: Method, folder: Path) 
         attempt = folder / str(survived)
         attempt.mkdir()
         with contextlib.suppress(KeyboardInterrupt):
-            method.synthesize(_teacher(), COUNT, journal=_StumblingJournal(attempt, survived))
+            method.synthesize(_teacher(), COUNT, journal=_StumblingJournal(attempt, [survived]))
+        rows = [row for file in attempt.rglob(HISTORY) for row in read_history(file)]
+        assert len(rows) <= survived + 1, "steps went on after an interruption: parts take journal.within(NAME)"
         source = method.synthesize(_teacher(), COUNT, journal=Journal(attempt, checkpoint_seconds=0))
         assert hash_tensors(source.sample(COUNT)._asdict()) == whole, f"interrupted after {survived} steps"
 
@@ -179,16 +181,19 @@ METHOD_CHECKS = (
 
 
 class _StumblingJournal(Journal):
-    """A journal under which the computation is interrupted after so many steps."""
+    """A journal under which the computation, its parts' steps included, is interrupted after so many steps."""
 
-    def __init__(self, folder: Path, steps: int) -> None:
+    def __init__(self, folder: Path | None, steps_left: list[int]) -> None:
         super().__init__(folder, checkpoint_seconds=0)
-        self._steps_left = steps
+        self._steps_left = steps_left
+
+    def _alike(self, folder: Path | None) -> Journal:
+        return _StumblingJournal(folder, self._steps_left)
 
     def _append(self, row: dict) -> None:
         super()._append(row)
-        self._steps_left -= 1
-        if self._steps_left < 0:
+        self._steps_left[0] -= 1
+        if self._steps_left[0] < 0:
             raise KeyboardInterrupt
 
 
