@@ -167,7 +167,7 @@ class Checkpoint:
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """The rows of a `history.jsonl`, none if it was never begun; a last line cut short by an interruption is left out."""
+    """The rows of a `history.jsonl`, if there is one; a last line cut short by an interruption is left out."""
     rows: list[dict[str, Any]] = []
     if not path.exists():
         return rows
