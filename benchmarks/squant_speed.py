@@ -14,7 +14,7 @@ from mirageq import Teacher, models, quantize, recipe
 def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "resnet18"
     teacher = Teacher.wrap(models.import_timm().create_model(name).eval(), (3, 224, 224))
-    wanted = recipe.build(recipe.read("squant"))
+    wanted = recipe.build(recipe.set_bits(recipe.read("squant"), "w4a4"))
     for _ in range(3):
         started = time.perf_counter()
         result = quantize(teacher, **vars(wanted))

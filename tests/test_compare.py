@@ -255,6 +255,34 @@ def test_variants_are_cells_of_their_own():
         Plan.of({}, "plan")
 
 
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"methods": {"zeroq": "fast"}}, "methods.zeroq of plan is a table, not a value; got 'fast'"),
+        ({"methods": ["zeroq"]}, r"methods of plan is a table, not a value; got \['zeroq'\]"),
+        ({"methods": {"noise": {}}, "variants": ["a"]}, "variants of plan is a table"),
+        (
+            {"methods": {"noise": {}}, "variants": {"a": [1]}},
+            r'variants.a of plan is a list of texts, "key=value"; got',
+        ),
+        ({"methods": {"noise": {}}, "variants": {"a": "tuner.steps=1"}}, "variants.a of plan is a list of texts"),
+        ({"method": {}}, "plan has no setting 'method'; did you mean 'methods'"),
+    ],
+)
+def test_what_does_not_fit_in_a_plan_is_told(table, message):
+    with pytest.raises(UserError, match=message):
+        Plan.of(table, "plan")
+
+
+def test_a_plan_that_is_missing_or_picks_nothing_is_told_and_nothing_is_written(place, capsys):
+    assert run(place, "--only", "noize") == 2
+    assert "No cell's label has 'noize'; one of them is 'noise w4a4 seed0'." in capsys.readouterr().err
+    (place / "plan.toml").unlink()
+    assert run(place) == 2
+    assert "There is no plan" in capsys.readouterr().err
+    assert not (place / "out").exists()
+
+
 def test_the_recipes_own_method_keeps_its_settings_where_the_plan_says_nothing(tmp_path):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('[method]\nname = "zeroq"\niterations = 7\nbatch_size = 3\n')

@@ -69,6 +69,11 @@ def test_a_method_from_outside_is_found_by_its_path():
         ({"image": 3}, "the recipe has no setting 'image'; did you mean 'images'"),
         ({"images": 0}, "images must be positive; got 0"),
         ({"tuner": 3}, "'tuner' is a section"),
+        ({"methd": {"lr": 0.1}}, "the recipe has no setting 'methd'; did you mean 'method'"),
+        ({"method": {"name": 3}}, "method: 'name' is a text; got 3"),
+        ({"tuner": {"name": ["distill"]}}, r"tuner: 'name' is a text; got \['distill'\]"),
+        ({"method": {"name": "union", "first": {"name": 3}}}, "method.first: 'name' is a text; got 3"),
+        ({"scheme": {"placement": "both"}}, "scheme: 'placement' expects 'paper' or 'deploy'; got 'both'"),
     ],
 )
 def test_what_does_not_fit_is_told_in_a_sentence(table, message):
@@ -78,11 +83,15 @@ def test_what_does_not_fit_is_told_in_a_sentence(table, message):
 
 @pytest.mark.parametrize(
     ("assignment", "message"),
-    [("images", "given as key=value; got 'images'"), ("tunner.lr=1", "no section 'tunner'.*did you mean 'tuner'")],
+    [
+        ("images", "given as key=value; got 'images'"),
+        ("tunner.lr=1", "no section 'tunner'.*did you mean 'tuner'"),
+        ("method.name.x=3", "'name' is a single value and has no 'x'; got 'method.name.x=3'"),
+    ],
 )
 def test_malformed_assignments_are_told(assignment, message):
     with pytest.raises(UserError, match=message):
-        recipe.assign({}, [assignment])
+        recipe.assign({"method": {"name": "zeroq"}}, [assignment])
 
 
 def test_a_recipe_that_is_missing_or_damaged_is_told(tmp_path):
@@ -101,6 +110,12 @@ def test_a_recipe_builds_on_another(tmp_path):
     assert (built.images, built.calibration_images, built.scheme.bits) == (5, base.calibration_images, "w2a4")
     assert built.tuner == replace(base.tuner, then=replace(base.tuner.then, steps=7))
     assert built.method == ZeroQ(iterations=3)  # nothing of the base's method, which is another
+
+
+def test_a_base_lies_beside_the_file_that_names_it(tmp_path):
+    (tmp_path / "base.toml").write_text("images = 5")
+    (tmp_path / "top.toml").write_text('base = "base.toml"')
+    assert recipe.read(str(tmp_path / "top.toml")) == {"images": 5}
 
 
 def test_a_recipe_can_leave_out_a_part_of_its_base(tmp_path):

@@ -175,7 +175,7 @@ def _compare(options: argparse.Namespace) -> None:
 
     given = {"network": options.model, "data": options.data and str(options.data), "recipe": options.recipe}
     plan = Plan.asked(options.plan, options.methods, given | {"bits": options.bits, "seeds": options.seeds})
-    wanted = plan.check()
+    wanted = plan.check(options.only)
     if not (plan.network and plan.data and options.out):
         raise UserError("A comparison needs a MODEL, --data and --out FOLDER.")
     options.model = plan.network

@@ -92,7 +92,7 @@ class Comparison:
         self, plan: Plan, teacher: Teacher, data: LabelledImages, console: Console, only: Sequence[str] = ()
     ) -> None:
         """Compute the plan's cells that are not finished, of those whose label contains all texts of `only`."""
-        wanted = [cell for cell in plan.cells() if all(text in cell.label for text in only)]
+        wanted = plan.cells(only)
         done = {row["label"]: row["recipe"] for row in self.rows()}
         for cell in wanted:
             if cell.label in done:

@@ -40,39 +40,55 @@ class Plan:
                 raise UserError(f"A comparison needs at least one of its {name}.")
 
     @staticmethod
-    def read(path: str) -> Plan:
-        """The plan in a TOML file.
+    def asked(path: Path | None, labels: Sequence[str] | None, given: Table) -> Plan:
+        """The plan in a file, or one of every method; `given` replaces what it says, `labels` picks its methods.
 
         Raises:
-            UserError: not TOML, or an unknown setting.
+            UserError: no such file, not TOML, an unknown setting, or a wrong type.
         """
-        return Plan.of(recipes.read(path), path)
-
-    @staticmethod
-    def asked(path: Path | None, labels: Sequence[str] | None, given: Table) -> Plan:
-        """The plan in a file, or one of every method; `given` replaces what it says, `labels` picks its methods."""
+        if path and not path.is_file():
+            raise UserError(f"There is no plan {path}.")
         table = recipes.read(str(path)) if path else {}
         if labels or not table:
-            described = table.get("methods", {})
+            described = _table(table.get("methods", {}), f"methods of {path or 'the plan'}")
             given = given | {"methods": {label: described.get(label, {}) for label in labels or METHODS}}
         return Plan.of({**table, **{key: value for key, value in given.items() if value}}, str(path or "the plan"))
 
     @staticmethod
     def of(table: Table, where: str) -> Plan:
+        """The plan that a table describes.
+
+        Raises:
+            UserError: an unknown setting, or a wrong type.
+        """
         plain = {key: value for key, value in table.items() if key not in ("methods", "variants")}
-        tables = {key: table[key] for key in ("methods", "variants") if key in table}
         recipes.check_names(Plan, table, where)
+        tables = {key: table[key] for key in ("methods", "variants") if key in table}
+        for label, value in _table(tables.get("methods", {}), f"methods of {where}").items():
+            _table(value, f"methods.{label} of {where}")
+        for label, value in _table(tables.get("variants", {}), f"variants of {where}").items():
+            if not isinstance(value, list) or not all(isinstance(setting, str) for setting in value):
+                raise UserError(f'variants.{label} of {where} is a list of texts, "key=value"; got {value!r}.')
         typed = recipes.settings(_PlainPlan, plain, where)
         return Plan(**{name: getattr(typed, name) for name in plain}, **{"methods": {}, **tables})
 
-    def cells(self) -> list[Cell]:
-        return [
+    def cells(self, only: Sequence[str] = ()) -> list[Cell]:
+        """Those whose label has all the texts of `only`.
+
+        Raises:
+            UserError: there is none.
+        """
+        cells = [
             Cell(method, bits, seed, variant)
             for seed in self.seeds
             for method in self.methods
             for bits in self.bits
             for variant in self.variants
         ]
+        picked = [cell for cell in cells if all(text in cell.label for text in only)]
+        if not picked:
+            raise UserError(f"No cell's label has {' and '.join(map(repr, only))}; one of them is '{cells[0].label}'.")
+        return picked
 
     def recipe_of(self, cell: Cell) -> Recipe:
         base = recipes.read(self.recipe) if self.recipe else {}
@@ -80,9 +96,15 @@ class Plan:
         table = {**base, "method": recipes.laid_over(base.get("method", {}), method)}
         return recipes.build(recipes.assign(recipes.set_bits(table, cell.bits), self.variants[cell.variant]))
 
-    def check(self) -> Recipe:
+    def check(self, only: Sequence[str] = ()) -> Recipe:
         """Build every cell's recipe, so that a mistake shows before anything is computed; returns the first."""
-        return [self.recipe_of(cell) for cell in self.cells()][0]
+        return [self.recipe_of(cell) for cell in self.cells(only)][0]
+
+
+def _table(value: object, where: str) -> Table:
+    if not isinstance(value, dict):
+        raise UserError(f"{where} is a table, not a value; got {value!r}.")
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser
 
@@ -52,6 +52,8 @@ def shipped() -> dict[str, Path]:
 def read(name: str, above: tuple[str, ...] = ()) -> Table:
     """The table of a recipe file, or of a shipped recipe, laid over that of the recipe it names as its `base`, if any.
 
+    A base is a shipped recipe, or a file: its path begins at the folder of the file that names it.
+
     Raises:
         UserError: no such recipe, not TOML, or bases that lead in a circle.
     """
@@ -72,7 +74,8 @@ def read(name: str, above: tuple[str, ...] = ()) -> Table:
         return table
     if not isinstance(base, str):
         raise UserError(f"base names another recipe, as text; got {base!r} in {path}.")
-    return laid_over(read(base, (*above, name)), table)
+    beside = path.parent / base
+    return laid_over(read(str(beside) if base not in known and beside.is_file() else base, (*above, name)), table)
 
 
 def laid_over(base: Table, own: Table) -> Table:
@@ -116,6 +119,8 @@ def assign(table: Table, assignments: Sequence[str]) -> Table:
         place = result
         for section in sections:
             place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise UserError(f"'{section}' is a single value and has no '{name}'; got '{assignment}'.")
         place[name] = value.strip()
     return result
 
@@ -141,6 +146,7 @@ def build(table: Table) -> Recipe:
     }
     for section in SECTIONS:
         rest.pop(section, None)
+    check_names(_Counts, rest, "the recipe", besides=SECTIONS)
     plain = settings(_Counts, rest, "the recipe")
     return Recipe(**parts, images=plain.images, calibration_images=plain.calibration_images)
 
@@ -168,19 +174,22 @@ def describe_part(part: Method | Tuner) -> Table:
 def _assemble(table: Table, where: str, find: Callable[[str], type], default: str) -> Any:
     """The method or tuner that a table describes: `name`, settings, and sections for those it is made of, if any."""
     plain = {key: value for key, value in table.items() if not isinstance(value, dict)}
-    kind = find(plain.pop("name", default))
+    name = plain.pop("name", default)
+    if not isinstance(name, str):
+        raise UserError(f"{where}: 'name' is a text; got {name!r}.")
+    kind = find(name)
     parts = {key: value for key, value in table.items() if isinstance(value, dict)}
     check_names(kind, parts, where)
     inner = {name: _assemble(part, f"{where}.{name}", find, default) for name, part in parts.items()}
     return replace(settings(kind, plain, where), **inner)
 
 
-def check_names(kind: type, values: Table, where: str) -> Mapping[str, inspect.Parameter]:
-    """The settings of `kind` by name; raises a `UserError` for a value that is none of them."""
+def check_names(kind: type, values: Table, where: str, besides: Sequence[str] = ()) -> Mapping[str, inspect.Parameter]:
+    """The settings of `kind` by name; raises a `UserError` for a value that is none of them, nor named `besides`."""
     known = inspect.signature(kind).parameters
     for name in values:
         if name not in known:
-            raise UserError(f"{where} has no setting '{name}'; {did_you_mean(name, known)}.")
+            raise UserError(f"{where} has no setting '{name}'; {did_you_mean(name, [*known, *besides])}.")
     return known
 
 
@@ -199,9 +208,17 @@ def settings(kind: type, values: Table, where: str) -> Any:
         try:
             parser.parse_object({"settings": {name: value, **{other: plain[other] for other in needed}}})
         except Exception as error:
-            raise UserError(f"{where}: '{name}' expects {known[name].annotation}; got {value!r}.") from error
+            hint = get_type_hints(kind).get(name, known[name].annotation)
+            raise UserError(f"{where}: '{name}' expects {in_words(hint)}; got {value!r}.") from error
     parsed = parser.parse_object({"settings": plain}).settings
     return kind(**{name: parsed[name] for name in values})
+
+
+def in_words(hint: Any) -> str:
+    """A type as a person reads it: `int`, `float | None`, `"noise" or "leaves"`."""
+    if get_origin(hint) is Literal:
+        return " or ".join(f"'{choice}'" for choice in get_args(hint))
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 
 @dataclass(frozen=True, kw_only=True)

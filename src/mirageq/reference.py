@@ -15,7 +15,7 @@ from rich.table import Table as Grid
 
 from mirageq import methods
 from mirageq.quant import Scheme
-from mirageq.recipe import Table, build, describe, find_tuner, read, shipped
+from mirageq.recipe import Table, build, describe, find_tuner, in_words, read, shipped
 from mirageq.tuning import TUNERS
 
 INDENT, WIDTH = "    ", 110
@@ -88,7 +88,7 @@ def setting_lines(kind: type) -> Iterator[str]:
     types = get_type_hints(kind)
     for name, parameter in inspect.signature(kind).parameters.items():
         default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
-        yield f"{name}: {_in_words(types[name])}{default}"
+        yield f"{name}: {in_words(types[name])}{default}"
         yield from textwrap.wrap(meanings(kind)[name], WIDTH, initial_indent=INDENT, subsequent_indent=INDENT)
 
 
@@ -109,10 +109,6 @@ def value_lines(table: Table, section: str = "") -> Iterator[str]:
             yield from value_lines(value, f"{section}{key}.")
         else:
             yield f"{section}{key}={_text(value)}"
-
-
-def _in_words(kind: Any) -> str:
-    return getattr(kind, "__name__", str(kind)) if isinstance(kind, type) else str(kind).replace("typing.", "")
 
 
 def _text(value: Any) -> str:

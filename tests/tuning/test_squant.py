@@ -81,6 +81,7 @@ def test_a_student_is_rounded_without_an_image(placement):
 def test_the_shipped_recipe_is_squant_and_a_grid_that_moves_is_refused():
     recipe = build(read("squant"))
     assert recipe.tuner == SQuant()
+    assert recipe.scheme.bits == "w8a8"
     assert recipe.scheme.ranges_from == "batch_norms"
     teacher = Teacher.wrap(TinyResNet(), SHAPE)
     with pytest.raises(UserError, match=r"SQuant rounds weights on a grid that stays"):
