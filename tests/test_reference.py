@@ -17,7 +17,7 @@ def test_settings_are_told_with_type_default_and_meaning(capsys):
     assert cli.main(["methods", "genie"]) == 0
     told = capsys.readouterr().out
     assert "Differences from the official method" in told
-    assert "schedule: Literal['plateau', 'cosine'] = 'plateau'\n" in told
+    assert "schedule: 'plateau' or 'cosine' = 'plateau'\n" in told
     assert "clamp: bool = False\n      keep pixels in the range" in told
     assert cli.main(["tuners", "reconstruct"]) == 0
     assert "drop: float = 0.5\n      probability" in capsys.readouterr().out
