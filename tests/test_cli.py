@@ -218,6 +218,11 @@ SHAPED = ["--image-shape", "3,16,16"]
         ([*TINY, "--set", "method.iteratoins=3"], "did you mean 'iterations'"),
         ([*TINY, "--set", "tuner.lr=fast"], "'lr' expects float; got 'fast'"),
         ([*TINY, "--bits", "w9a4"], "9"),
+        ([*TINY, "--bits", ""], "w4a4"),
+        ([*TINY, "--mean", "0.5,0.5,nan", "--std", "1,1,1"], "mean must be finite"),
+        ([*TINY, "--recipe", "best-cifar10"], "give its mean and std"),
+        ([*TINY[:-1], "gpu"], "There is no device 'gpu'"),
+        (["nowhere.pt2"], "There is no file nowhere.pt2."),
         ([*TINY, "--bits", "int4"], "int4"),
         ([*TINY, "--recipe", "intraq-cifar"], "did you mean 'intraq-cifar10"),
         ([*TINY, "--checkpoint", "nowhere.safetensors"], "nowhere.safetensors"),
@@ -281,9 +286,93 @@ def test_resuming_says_what_is_wrong(finished, tmp_path, capsys):
     (tmp_path / "run.json").write_text('{"format": 99}')
     assert cli.main(["show", str(tmp_path)]) == 2
     assert "format 99" in capsys.readouterr().err
-    (tmp_path / "run.json").write_text('{"form')
-    assert cli.main(["show", str(tmp_path)]) == 2
-    assert "is damaged" in capsys.readouterr().err
+    for text, told in (
+        ('{"form', "is damaged"),
+        ("[]", "is not the record of a run"),
+        ('{"format": 1}', "is damaged (no network)"),
+    ):
+        (tmp_path / "run.json").write_text(text)
+        assert cli.main(["show", str(tmp_path)]) == 2
+        assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--bits", "w8a8"], "--bits"),
+        (["--set", "tuner.lr=1", "--seed", "0"], "--set, --seed"),
+        (["--recipe", "nope", "--out", "elsewhere"], "--recipe, --out"),
+    ],
+)
+def test_what_a_run_began_with_cannot_be_changed_when_it_is_continued(finished, more, told, capsys):
+    assert cli.main(["quantize", "--resume", str(finished), *more]) == 2
+    assert f"goes on as it was begun; leave out {told}." in capsys.readouterr().err
+
+
+def test_options_that_cannot_count_are_refused(finished, tmp_path, capsys):
+    images = ["--images", str(finished), "--method", "zeroq", "--out", str(tmp_path / "run")]
+    assert cli.main(["quantize", *TINY, *images]) == 2
+    assert "leave out --method." in capsys.readouterr().err
+    assert cli.main(["evaluate", str(finished), "--data", "x", "--checkpoint", "nope.safetensors"]) == 2
+    assert "knows its network; leave out --checkpoint." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (
+            ["pack", "RUN", "--out", "OUT", "--count", "0"],
+            "argument --count: expected a whole number, 1 at least, got '0'",
+        ),
+        (["pack", "RUN", "--out", "OUT", "--count", "-3"], "--count"),
+        (["synthesize", *TINY, "--out", "OUT", "--count", "many"], "1 at least, got 'many'"),
+        (["export", "RUN", "--out", "OUT", "--images", "0"], "--images"),
+        (["export", "RUN", "--out", "OUT", "--threads", "-3"], "0 at least, got '-3'"),
+        (["evaluate", "RUN", "--data", "x", "--limit", "0"], "--limit"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(finished, arguments, told, tmp_path, capsys):
+    places = {"RUN": str(finished), "OUT": str(tmp_path / "out")}
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([places.get(argument, argument) for argument in arguments])
+    assert stopped.value.code == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pack_is_not_written_if_its_copies_cannot_be(finished, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    normalised = ["--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25", "--out", str(tmp_path / "pack")]
+    for copy, told in (
+        (["--folder", tmp_path / "file"], "is a file"),
+        (["--numpy", tmp_path / "no" / "x.npy"], "no folder"),
+    ):
+        assert cli.main(["pack", str(finished), *normalised, *map(str, copy)]) == 2
+        assert told in capsys.readouterr().err
+        assert not (tmp_path / "pack").exists()
+    assert cli.main(["pack", str(finished), *normalised]) == 0
+
+
+def test_too_few_images_to_prove_a_file_are_told(tmp_path, capsys):
+    assert cli.main(["quantize", *TINY, "--recipe", "squant", "--out", str(tmp_path / "run")]) == 0
+    out = ["--out", str(tmp_path / "model.onnx"), "--runtimes", "onnxruntime", "--threads", "1"]
+    assert cli.main(["export", str(tmp_path / "run"), *out]) == 0
+    assert "There are 8 images to prove it on, and not 500; --data gives others." in capsys.readouterr().out
+
+
+def test_a_file_is_proved_on_labelled_images_that_are_scaled(tmp_path, capsys):
+    normalised = ["--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25"]
+    assert cli.main(["quantize", *TINY, *normalised, "--recipe", "squant", "--out", str(tmp_path / "run")]) == 0
+    images = np.random.default_rng(0).integers(0, 256, (9, 8, 12, 3), np.uint8)
+    np.savez(tmp_path / "test.npz", images=images, labels=np.arange(9) % 5)
+    export = ["export", str(tmp_path / "run"), "--out", str(tmp_path / "model.onnx"), "--runtimes", "onnxruntime"]
+    export += ["--threads", "1", "--images", "5", "--data", str(tmp_path / "test.npz")]
+    assert cli.main(export) == 2
+    assert "Scale them up with --resize." in capsys.readouterr().err
+    assert cli.main([*export, "--resize", "16"]) == 0
+    printed = capsys.readouterr().out
+    assert "onnxruntime  5 " in printed.replace("   ", "  ")
+    assert "There are" not in printed
 
 
 def test_a_missing_model_or_output_is_told(capsys):

@@ -19,15 +19,15 @@ def parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
     whole = argparse.ArgumentParser(prog="mirageq", description="Quantize a vision network without its data.")
     whole.add_argument("--version", action="version", version=f"mirageq {mirageq.__version__}")
     commands = whole.add_subparsers(required=True, metavar="COMMAND")
-    network, making = _network(), _making()
-    measuring = _measuring()
+    normalised = _normalised()
+    network, making, labelled, measuring = _network(normalised), _making(), _labelled(), _measuring()
     for name, summary, parents, describe in (
         ("quantize", "synthesise, quantize, calibrate, tune", [network, making], _quantize),
         ("synthesize", "only make images", [network, making], _synthesize),
-        ("evaluate", "top-1 and top-5 on labelled images", [network, measuring], _evaluate),
-        ("compare", "methods x bits x seeds on one network, cell by cell", [network, measuring], _compare),
-        ("export", "a run's student as an ONNX file of integers, proved in real runtimes", [measuring], _export),
-        ("pack", "a run's images as a calibration pack for other tools", [], _pack),
+        ("evaluate", "top-1 and top-5 on labelled images", [network, labelled, measuring], _evaluate),
+        ("compare", "methods x bits x seeds on one network, cell by cell", [network, labelled, measuring], _compare),
+        ("export", "a run's student as an ONNX file of integers, proved in real runtimes", [labelled], _export),
+        ("pack", "a run's images as a calibration pack for other tools", [normalised], _pack),
         ("methods", "the synthesis methods, their cards and settings", [], _name),
         ("tuners", "the tuners, their cards and settings", [], _name),
         ("scheme", "the settings of quantization", [], _nothing),
@@ -40,12 +40,17 @@ def parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
     return whole
 
 
-def _network() -> argparse.ArgumentParser:
+def _normalised() -> argparse.ArgumentParser:
     group = argparse.ArgumentParser(add_help=False)
-    group.add_argument("--checkpoint", type=Path, help="weights: safetensors, or a torch file of tensors")
-    group.add_argument("--image-shape", type=_numbers(int), metavar="C,H,W", help="shape of one image")
     group.add_argument("--mean", type=_numbers(float), metavar="R,G,B", help="mean of pixels in [0, 1]")
     group.add_argument("--std", type=_numbers(float), metavar="R,G,B", help="standard deviation of pixels in [0, 1]")
+    return group
+
+
+def _network(normalised: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    group = argparse.ArgumentParser(add_help=False, parents=[normalised])
+    group.add_argument("--checkpoint", type=Path, help="weights: safetensors, or a torch file of tensors")
+    group.add_argument("--image-shape", type=_numbers(int), metavar="C,H,W", help="shape of one image")
     group.add_argument("--device", default="auto", help="cpu, cuda, or auto (default)")
     return group
 
@@ -57,19 +62,24 @@ def _making() -> argparse.ArgumentParser:
     group.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting, such as method.lr=0.1; repeatable"
     )
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--seed", type=int, help="of everything random (default: 0)")
     group.add_argument("--out", type=Path, help="new folder of the run")
     group.add_argument("--resume", type=Path, metavar="RUN", help="continue an interrupted run")
     return group
 
 
-def _measuring() -> argparse.ArgumentParser:
+def _labelled() -> argparse.ArgumentParser:
     group = argparse.ArgumentParser(add_help=False)
     group.add_argument(
         "--data", type=Path, help="labelled images: folder, CIFAR .npz or .bin, parquet of JPEG, or a calibration pack"
     )
-    group.add_argument("--resize", type=int, help="first scale the short side to this many pixels")
-    group.add_argument("--limit", type=int, help="only the first so many images")
+    group.add_argument("--resize", type=_at_least(1), help="first scale the short side to this many pixels")
+    return group
+
+
+def _measuring() -> argparse.ArgumentParser:
+    group = argparse.ArgumentParser(add_help=False)
+    group.add_argument("--limit", type=_at_least(1), help="only the first so many images")
     return group
 
 
@@ -83,7 +93,7 @@ def _quantize(command: argparse.ArgumentParser) -> None:
 
 def _synthesize(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", nargs="?", help=MODEL)
-    command.add_argument("--count", type=int, help="how many images")
+    command.add_argument("--count", type=_at_least(1), help="how many images")
 
 
 def _evaluate(command: argparse.ArgumentParser) -> None:
@@ -113,14 +123,16 @@ def _export(command: argparse.ArgumentParser) -> None:
     command.add_argument("--profile", default="ort", help="runtime it is for: ort (default), openvino, tensorrt")
     command.add_argument("--pack-weights", action="store_true", help="weights of 4 bits and below as INT4, for storage")
     command.add_argument("--runtimes", type=_words, metavar="A,B", help="to prove it in: onnxruntime, openvino")
-    command.add_argument("--images", type=int, default=500, help="how many images prove it (default: 500)")
-    command.add_argument("--threads", type=int, default=0, help="of the runtime; 0 leaves the choice to it")
+    command.add_argument(
+        "--images", type=_at_least(1), default=500, help="how many images prove it, at most (default: 500)"
+    )
+    command.add_argument("--threads", type=_at_least(0), default=0, help="of the runtime; 0 leaves the choice to it")
 
 
 def _pack(command: argparse.ArgumentParser) -> None:
     command.add_argument("run", type=Path, help="a finished run, of quantize or synthesize")
     command.add_argument("--out", type=Path, required=True, help="new folder of the pack")
-    command.add_argument("--count", type=int, help="only the first so many images")
+    command.add_argument("--count", type=_at_least(1), help="only the first so many images")
     command.add_argument("--numpy", type=Path, metavar="FILE", help="also as one array, normalised, channels last")
     command.add_argument("--folder", type=Path, help="also as PNG images by class")
 
@@ -143,6 +155,15 @@ def _numbers(kind: type) -> Callable[[str], tuple]:
             return tuple(kind(part) for part in text.replace("x", ",").split(","))
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"expected numbers separated by commas, got '{text}'") from error
+
+    return parse
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.lstrip("-").isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number, {least} at least, got '{text}'")
+        return int(text)
 
     return parse
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,6 +28,9 @@ from mirageq.tables import describe, page
 from mirageq.teacher import Teacher
 
 INTERRUPTED = 130
+BEGINNING = ["model", "checkpoint", "image_shape", "mean", "std", "recipe", "method", "set", "bits"]
+BEGINNING += ["count", "images", "seed", "out"]
+"""The options that say how a run begins."""
 SHOWN = 1000  # images looked through for the contact sheet
 
 console = Console()
@@ -56,7 +60,7 @@ def _how_to_continue(options: argparse.Namespace) -> str:
 
 
 def _quantize(options: argparse.Namespace, only_images: bool = False) -> None:
-    if options.resume:
+    if options.resume is not None:
         run, teacher = _resume(options)
     else:
         run, teacher = _begin(options, only_images)
@@ -82,10 +86,11 @@ def _begin(options: argparse.Namespace, only_images: bool) -> tuple[Run, Teacher
     check_folder(options.out)
     choice = _choice(options)
     teacher = load_teacher(choice, _device(options))
-    return Run.create(options.out, choice, wanted, options.seed, teacher, only_images=only_images), teacher
+    return Run.create(options.out, choice, wanted, options.seed or 0, teacher, only_images=only_images), teacher
 
 
 def _resume(options: argparse.Namespace) -> tuple[Run, Teacher]:
+    _refuse(options, f"{options.resume} goes on as it was begun", *BEGINNING)
     run = Run.open(options.resume)
     options.out = run.folder
     if run.finished:
@@ -101,15 +106,16 @@ def _evaluate(options: argparse.Namespace) -> None:
         raise UserError("Measuring needs labelled images: --data FOLDER_OR_FILE.")
     folder = Path(options.model)
     run = Run.open(folder) if folder.is_dir() else None
-    choice = run.choice if run else _choice(options)
+    if run:
+        _refuse(options, f"{folder} knows its network", "checkpoint", "image_shape")
+    choice = _normalised(run, options) if run else _choice(options)
     teacher = load_teacher(choice, _device(options))
     data = open_images(options.data, teacher.image_shape, resize=options.resize, limit=options.limit)
     networks: dict[str, Classifier] = {"full precision": teacher}
     if run:
         networks[f"{run.recipe.scheme.bits} {run.record['recipe']['method']['name']}"] = run.student(teacher)
-    mean, std = options.mean or teacher.mean, options.std or teacher.std
     for name, network in networks.items():
-        print(f"{name:>20}: {accuracy(network, data, mean, std, device=str(teacher.device))}")
+        print(f"{name:>20}: {accuracy(network, data, teacher.mean, teacher.std, device=str(teacher.device))}")
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -135,12 +141,19 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _proving_images(options: argparse.Namespace, run: Run, teacher: Teacher) -> Tensor:
-    """Labelled images if the user gave some, else the run's own, at the network's size."""
+    """Labelled images if the user gave some, else the run's own, at the network's size; as many as there are."""
     if options.data:
+        from mirageq.data import open_images
         from mirageq.methods.real import Real
 
-        return Real(path=str(options.data)).synthesize(teacher, options.images).sample(options.images).images
-    return F.interpolate(run.images().sample(options.images).images, teacher.image_shape[1:])
+        there = open_images(options.data, teacher.image_shape, resize=options.resize).count
+        source = Real(path=str(options.data), resize=options.resize).synthesize(teacher, min(options.images, there))
+    else:
+        source = run.images()
+    images = F.interpolate(source.sample(options.images).images, teacher.image_shape[1:])
+    if len(images) < options.images:
+        console.print(f"There are {len(images)} images to prove it on, and not {options.images}; --data gives others.")
+    return images
 
 
 def _pack(options: argparse.Namespace) -> None:
@@ -149,13 +162,18 @@ def _pack(options: argparse.Namespace) -> None:
 
     run = Run.open(options.run)
     images = run.images()
+    if options.folder:
+        check_folder(options.folder)
+    if options.numpy and not options.numpy.absolute().parent.is_dir():
+        raise UserError(f"There is no folder {options.numpy.parent} to write {options.numpy.name} in.")
     made_by = {
         "network": run.choice.name,
         "network_sha256": run.record["network"]["sha256"],
         "method": run.record["recipe"]["method"]["name"],
         "seed": run.seed,
     }
-    manifest = write_pack(images.sample(options.count or len(images)), load_teacher(run.choice), options.out, made_by)
+    teacher = load_teacher(_normalised(run, options))
+    manifest = write_pack(images.sample(options.count or len(images)), teacher, options.out, made_by)
     pack = open_pack(options.out)
     if options.numpy:
         write_numpy(pack, options.numpy)
@@ -241,11 +259,12 @@ def _recipe_table(options: argparse.Namespace) -> recipe.Table:
         named = table.get("method", {}).get("name") == options.method
         table["method"] = table["method"] if named else {"name": options.method}
     if isinstance(stored := getattr(options, "images", None), Path):
+        _refuse(options, "--images takes the images of a run", "method")
         file = stored / IMAGES if stored.is_dir() else stored
         table["method"] = {"name": "mirageq.methods.stored:Stored", "path": str(file)}
-    if getattr(options, "count", None):
+    if getattr(options, "count", None) is not None:
         table["images"] = options.count
-    if getattr(options, "bits", None):
+    if getattr(options, "bits", None) is not None:
         table = recipe.set_bits(table, options.bits)
     return recipe.assign(table, options.set)
 
@@ -260,9 +279,26 @@ def _choice(options: argparse.Namespace) -> NetworkChoice:
     )
 
 
+def _normalised(run: Run, options: argparse.Namespace) -> NetworkChoice:
+    """The run's network, with the normalisation of the command line if there is one."""
+    return replace(run.choice, mean=options.mean or run.choice.mean, std=options.std or run.choice.std)
+
+
+def _refuse(options: argparse.Namespace, why: str, *names: str) -> None:
+    """Raise a `UserError` if one of these options was given, which could not count."""
+    given = [name for name in names if getattr(options, name, None) not in (None, [])]
+    if given:
+        told = ", ".join("MODEL" if name == "model" else f"--{name.replace('_', '-')}" for name in given)
+        raise UserError(f"{why}; leave out {told}.")
+
+
 def _device(options: argparse.Namespace) -> str:
     if options.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.device(options.device)
+    except RuntimeError as error:
+        raise UserError(f"There is no device '{options.device}'; give cpu, cuda or auto.") from error
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("There is no CUDA device for --device cuda; use --device cpu.")
     return options.device

@@ -88,6 +88,8 @@ def load_exported(path: Path) -> tuple[ExportedProgram, tuple[int, int, int]]:
     Raises:
         UserError: not a readable exported program, or one whose batch size is fixed.
     """
+    if not path.is_file():
+        raise UserError(f"There is no file {path}.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -78,6 +78,7 @@ def quantize(
         raise UserError("Give image_shape=(channels, height, width), the shape the network was trained with.")
     else:
         teacher = Teacher.wrap(model, image_shape, device=device)
+    check_pixel_range(teacher, method)
     scheme, tuner = scheme or Scheme(), tuner or Distill()
     with journal.timed("convert"):  # first, so that a scheme that does not fit is refused before any image is made
         student = convert(teacher.network, scheme).to(teacher.device)
@@ -85,6 +86,15 @@ def quantize(
         source = method.synthesize(teacher, images, seed=seed, journal=journal)
     teach(teacher, student, source, tuner, calibration_images=calibration_images, seed=seed, journal=journal)
     return Result(teacher, student, source, journal.seconds)
+
+
+def check_pixel_range(teacher: Teacher, method: Method) -> None:
+    """Raise a `UserError` if the method, or a part of it, keeps images in the pixels' range and that is unknown."""
+    if getattr(method, "clamp", False):
+        teacher.pixel_range()
+    for part in vars(method).values():
+        if isinstance(part, Method):
+            check_pixel_range(teacher, part)
 
 
 def teach(

@@ -20,7 +20,7 @@ from mirageq.errors import UserError
 from mirageq.folders import RECORD, check_folder, write_text
 from mirageq.images import ImageSource, SyntheticSet, hash_tensors
 from mirageq.journal import SECONDS, Journal
-from mirageq.pipeline import Result, quantize
+from mirageq.pipeline import Result, check_pixel_range, quantize
 from mirageq.quant import Student
 from mirageq.recipe import Recipe, Table, build, describe, settings
 from mirageq.storage import load_student, network_hash, save_student
@@ -69,8 +69,9 @@ class Run:
         """Begin a run in a new or empty folder; nothing is written unless everything fits.
 
         Raises:
-            UserError: the folder holds something already, or cannot be written.
+            UserError: the folder holds something already, or cannot be written; the method needs a normalisation.
         """
+        check_pixel_range(teacher, recipe.method)
         check_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
         record = {
@@ -105,11 +106,15 @@ class Run:
             raise UserError(f"{folder} is not a run directory: it has no readable {RECORD}.") from error
         except json.JSONDecodeError as error:
             raise UserError(f"{folder / RECORD} is damaged ({error}); the run cannot be read.") from error
-        if record.get("format") != FORMAT:
+        if not isinstance(record, dict) or "format" not in record:
+            raise UserError(f"{folder / RECORD} is not the record of a run.")
+        if record["format"] != FORMAT:
             raise UserError(
-                f"{folder} was written in format {record.get('format')}, this version reads format {FORMAT}. "
+                f"{folder} was written in format {record['format']}, this version reads format {FORMAT}. "
                 "Use the version of mirageq named in its run.json."
             )
+        if missing := {"status", "only_images", "seed", "network", "recipe"} - record.keys():
+            raise UserError(f"{folder / RECORD} is damaged (no {min(missing)}); the run cannot be read.")
         return Run(folder, record)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -141,6 +142,8 @@ def _check_normalisation(image_shape: tuple[int, ...], mean: tuple | None, std: 
             raise UserError(
                 f"{name} must have one number for each of the {image_shape[0]} channels; got {len(values)}: {values}."
             )
+        if values is not None and not all(map(math.isfinite, values)):
+            raise UserError(f"{name} must be finite in every channel; got {values}.")
     if std is not None and min(std) <= 0:
         raise UserError(f"std must be positive in every channel; got {std}.")
 

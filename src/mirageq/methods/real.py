@@ -28,10 +28,12 @@ class Real:
 
     Attributes:
         path: image folder, CIFAR file or parquet of JPEG, as for `mirageq evaluate`.
+        resize: pixels of the short side before the crop; None crops the image as it is.
         image_size: height and width of the crop around their centre, in pixels; None takes the network's own.
     """
 
     path: str
+    resize: int | None = None
     image_size: int | None = None
 
     def __post_init__(self) -> None:
@@ -41,7 +43,7 @@ class Real:
         """`count` of the file's images, chosen by the seed."""
         if teacher.mean is None or teacher.std is None:
             raise UserError("Real images must be normalised as the network expects; give its mean and std.")
-        data = open_images(self.path, teacher.shape_at(self.image_size))
+        data = open_images(self.path, teacher.shape_at(self.image_size), resize=self.resize)
         if data.count < count:
             raise UserError(f"{self.path} holds {data.count} images, and {count} were asked for. Lower images.")
         pixels, labels = (torch.cat(parts) for parts in zip(*data.batches(256), strict=True))
