@@ -8,39 +8,60 @@ from mirageq.errors import UserError
 from mirageq.evaluate import Accuracy, accuracy, agreement
 from mirageq.images import Batch, ImageSource, SyntheticSet
 from mirageq.journal import Journal
-from mirageq.methods import METHODS, Method
-from mirageq.methods.clusterq import ClusterQ
-from mirageq.methods.gdfq import GDFQ
-from mirageq.methods.intraq import IntraQ
-from mirageq.methods.noise import Noise
-from mirageq.methods.zeroq import ZeroQ
+from mirageq.methods import (
+    DGH,
+    GDFQ,
+    HAST,
+    METHODS,
+    ClusterQ,
+    Genie,
+    IntraQ,
+    Method,
+    Noise,
+    SelectQ,
+    SynQ,
+    TexQ,
+    Union,
+    ZeroQ,
+)
 from mirageq.pipeline import Result, quantize
 from mirageq.quant import Scheme, Student
 from mirageq.recipe import Recipe
 from mirageq.run import load
 from mirageq.storage import save_student
 from mirageq.teacher import Teacher
-from mirageq.tuning import Distill, TuningDiverged
+from mirageq.tuning import Correct, Distill, Reconstruct, SQuant, Tuner, TuningDiverged
 
 __all__ = [
-    "GDFQ",
-    "METHODS",
     "Accuracy",
     "Batch",
     "ClusterQ",
+    "Correct",
+    "DGH",
     "Distill",
+    "GDFQ",
+    "Genie",
+    "HAST",
     "ImageSource",
     "IntraQ",
     "Journal",
+    "METHODS",
     "Method",
     "Noise",
     "Recipe",
+    "Reconstruct",
     "Result",
+    "SQuant",
     "Scheme",
+    "SelectQ",
     "Student",
+    "SynQ",
     "SyntheticSet",
     "Teacher",
+    "TexQ",
+    "Tuner",
     "TuningDiverged",
+    "Union",
     "UserError",
     "ZeroQ",
     "accuracy",

@@ -37,7 +37,23 @@ METHODS: dict[str, type] = {
     "union": Union,
 }
 
-__all__ = ["METHODS", "Method", "find"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "find",
+    "DGH",
+    "GDFQ",
+    "HAST",
+    "ClusterQ",
+    "Genie",
+    "IntraQ",
+    "Noise",
+    "SelectQ",
+    "SynQ",
+    "TexQ",
+    "Union",
+    "ZeroQ",
+]
 
 
 def find(name: str) -> type:
