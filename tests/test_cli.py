@@ -309,6 +309,22 @@ def test_what_a_run_began_with_cannot_be_changed_when_it_is_continued(finished, 
     assert f"goes on as it was begun; leave out {told}." in capsys.readouterr().err
 
 
+def test_a_network_that_has_changed_is_not_continued(tmp_path, capsys):
+    (tmp_path / "net.py").write_text("from mirageq.testing import TinyResNet as build\n")
+    network = [f"py:{tmp_path / 'net.py'}:build", "--image-shape", "3,16,16"]
+    out = tmp_path / "run"
+    assert cli.main(["synthesize", *network, "--method", "noise", "--count", "2", "--out", str(out)]) == 0
+    assert cli.main(["export", str(out), "--out", str(tmp_path / "model.onnx")]) == 2
+    assert "holds only images, made by mirageq synthesize" in capsys.readouterr().err
+    record = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps(record | {"status": "running"}))
+    changed = "def build():\n    model = TinyResNet()\n    model.linear.weight.data += 1\n    return model\n"
+    (tmp_path / "net.py").write_text("from mirageq.testing import TinyResNet\n" + changed)
+    sys.modules.pop("net", None)
+    assert cli.main(["quantize", "--resume", str(out)]) == 2
+    assert "The network has changed since" in capsys.readouterr().err
+
+
 def test_options_that_cannot_count_are_refused(finished, tmp_path, capsys):
     images = ["--images", str(finished), "--method", "zeroq", "--out", str(tmp_path / "run")]
     assert cli.main(["quantize", *TINY, *images]) == 2

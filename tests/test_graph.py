@@ -84,9 +84,23 @@ def test_a_file_exported_for_one_batch_size_is_refused(tmp_path):
         graph.load_exported(tmp_path / "net.pt2")
 
 
-def test_a_damaged_exported_file_is_named(tmp_path):
+def test_a_damaged_exported_file_is_named_and_torch_says_nothing_besides(tmp_path, capfd):
     (tmp_path / "net.pt2").write_bytes(b"nonsense")
     with pytest.raises(UserError, match="net.pt2 is not a readable exported program"):
+        graph.load_exported(tmp_path / "net.pt2")
+    with pytest.raises(UserError, match="torch.export cannot capture"):
+        graph.capture(Branching(), SHAPE)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_exported_file_with_two_inputs_is_refused(tmp_path):
+    class Scaled(TinyResNet):
+        def forward(self, images, factor):
+            return super().forward(images * factor)
+
+    inputs = torch.zeros(2, *SHAPE), torch.ones(())
+    torch.export.save(export(Scaled(), inputs, dynamic_shapes=({0: Dim("n")}, None)), tmp_path / "net.pt2")
+    with pytest.raises(UserError, match="must take one image tensor"):
         graph.load_exported(tmp_path / "net.pt2")
 
 

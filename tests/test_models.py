@@ -112,7 +112,7 @@ def test_a_truncated_safetensors_file_is_told(tmp_path):
     [
         ("resnet18", "There is no network 'resnet18'; give timm:NAME"),
         ("onnx:file", "There is no network 'onnx:file'"),
-        ("missing.pt2", "missing.pt2 is not a readable exported program"),
+        ("missing.pt2", "There is no file missing.pt2"),
         ("py:TinyResNet", "py:MODULE:CALLABLE; got 'py:TinyResNet'"),
         ("py:nowhere.at.all:build", "cannot be imported"),
         ("py:nowhere.py:build", "cannot be imported"),

@@ -11,7 +11,11 @@ normalisation is an operation like any other, so the collector (`observe.py`) an
 from __future__ import annotations
 
 import copy
+import io
+import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
@@ -48,8 +52,7 @@ def capture(model: nn.Module | ExportedProgram, image_shape: tuple[int, int, int
     Raises:
         UserError: the model cannot be exported, does not accept the shape, or does not return one tensor.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _quietly():
         program = model if isinstance(model, ExportedProgram) else _export(model, image_shape)
         module = copy.deepcopy(program.run_decompositions({}).module(check_guards=False))
     graph = module.graph
@@ -91,8 +94,7 @@ def load_exported(path: Path) -> tuple[ExportedProgram, tuple[int, int, int]]:
     if not path.is_file():
         raise UserError(f"There is no file {path}.")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _quietly():
             program = torch.export.load(path)
     except Exception as error:
         raise UserError(f"{path} is not a readable exported program ({first_line(error)}).") from error
@@ -108,6 +110,19 @@ def load_exported(path: Path) -> tuple[ExportedProgram, tuple[int, int, int]]:
             'torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},)).'
         )
     return program, tuple(shape)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep torch's warnings, logs and printed graphs back: what is wrong is told in one sentence."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def batch_norms(graph: torch.fx.Graph) -> list[Node]:
