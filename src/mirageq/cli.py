@@ -60,7 +60,7 @@ def _how_to_continue(options: argparse.Namespace) -> str:
 
 
 def _quantize(options: argparse.Namespace, only_images: bool = False) -> None:
-    if options.resume is not None:
+    if options.resume:
         run, teacher = _resume(options)
     else:
         run, teacher = _begin(options, only_images)
@@ -262,7 +262,7 @@ def _recipe_table(options: argparse.Namespace) -> recipe.Table:
         _refuse(options, "--images takes the images of a run", "method")
         file = stored / IMAGES if stored.is_dir() else stored
         table["method"] = {"name": "mirageq.methods.stored:Stored", "path": str(file)}
-    if getattr(options, "count", None) is not None:
+    if getattr(options, "count", None):
         table["images"] = options.count
     if getattr(options, "bits", None) is not None:
         table = recipe.set_bits(table, options.bits)

@@ -99,6 +99,7 @@ class Journal:
         return Checkpoint(path, self.checkpoint_seconds, self._note_time)
 
     def _alike(self, folder: Path | None) -> Journal:
+        """A journal of this kind for a part."""
         return Journal(folder, self.console, checkpoint_seconds=self.checkpoint_seconds)
 
     def _note_time(self) -> None:

@@ -215,7 +215,7 @@ def settings(kind: type, values: Table, where: str) -> Any:
 
 
 def in_words(hint: Any) -> str:
-    """A type as a person reads it: `int`, `float | None`, `"noise" or "leaves"`."""
+    """A type as a person reads it: `int`, `float | None`, `'noise' or 'leaves'`."""
     if get_origin(hint) is Literal:
         return " or ".join(f"'{choice}'" for choice in get_args(hint))
     return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")

@@ -22,6 +22,7 @@ Curves = dict[str, dict[str, list[tuple[int, float]]]]
 
 DRAWN_CLASSES = 10
 STAGES = {"generator": "the generator's warm-up", "reconstruct": "reconstruction, block by block", "tune": "tuning"}
+COLUMNS = 3  # of panels
 FEWEST_POINTS = 10  # for a picture of features
 
 
@@ -73,9 +74,13 @@ def loss_curves(folder: Path, path: Path) -> None:
         painting = {stage: terms for stage, terms in curves.items() if stage.startswith("images")}
         panels += [(f"{of}synthesis, one line a batch", painting)] if painting else []
         panels += [(of + title, {stage: curves[stage]}) for stage, title in STAGES.items() if stage in curves]
-    figure, axes = plt.subplots(1, max(len(panels), 1), figsize=(6 * max(len(panels), 1), 4), squeeze=False)
-    for axis, (title, stages) in zip(axes[0], panels, strict=False):
+    columns = min(max(len(panels), 1), COLUMNS)
+    lines = max(-(-len(panels) // COLUMNS), 1)
+    figure, axes = plt.subplots(lines, columns, figsize=(6 * columns, 4 * lines), squeeze=False)
+    for axis, (title, stages) in zip(axes.flat, panels, strict=False):
         _draw(axis, title, stages)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
     if not panels:
         axes[0][0].set_title("this run has no losses")
     figure.tight_layout()
@@ -138,7 +143,7 @@ def feature_map(shown: dict[str, Batch], path: Path) -> None:
     points = torch.stack(means) if len(means) > 2 else torch.cat(list(directions.values()))
     middle = points.mean(0)
     plane = torch.linalg.svd(points - middle, full_matrices=False).Vh[:2]
-    columns = min(len(shown), 3)
+    columns = min(len(shown), COLUMNS)
     lines = -(-len(shown) // columns)
     figure, axes = plt.subplots(
         lines, columns, figsize=(3.4 * columns, 3.2 * lines), squeeze=False, sharex=True, sharey=True
