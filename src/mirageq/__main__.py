@@ -6,11 +6,12 @@ import os
 import sys
 
 from mirageq.cli import main
-from mirageq.memory import keep_freed_memory
+from mirageq.process import compute_in_float32, keep_freed_memory
 
 
 def run() -> None:
     keep_freed_memory()
+    compute_in_float32()
     try:
         code = main()
         sys.stdout.flush()

@@ -256,7 +256,7 @@ def _summary(run: Run) -> None:
 def _recipe_table(options: argparse.Namespace) -> recipe.Table:
     table = recipe.read(options.recipe) if options.recipe else {}
     if options.method:
-        named = table.get("method", {}).get("name") == options.method
+        named = recipe.section(table, "method").get("name") == options.method
         table["method"] = table["method"] if named else {"name": options.method}
     if isinstance(stored := getattr(options, "images", None), Path):
         _refuse(options, "--images takes the images of a run", "method")

@@ -28,7 +28,7 @@ from mirageq.plan import Cell, Plan
 from mirageq.protocol import Protocol, first_difference
 from mirageq.quant import convert
 from mirageq.recipe import Recipe, Table
-from mirageq.run import peak_memory, versions
+from mirageq.run import machine, peak_memory, versions
 from mirageq.teacher import Teacher
 
 PROTOCOL, CELLS = "protocol.json", "cells.jsonl"
@@ -85,8 +85,16 @@ class Comparison:
         return Comparison(folder, protocol, work)
 
     def rows(self) -> list[Row]:
-        """The finished cells."""
-        return read_history(self.folder / CELLS)
+        """The finished cells; a last line cut short is left out.
+
+        Raises:
+            UserError: another line is damaged.
+        """
+        path = self.folder / CELLS
+        rows = read_history(path)
+        if path.exists() and len(path.read_text().splitlines()) > len(rows) + 1:
+            raise UserError(f"{path} is damaged in line {len(rows) + 1}; mend that line or take it out.")
+        return rows
 
     def fill(
         self, plan: Plan, teacher: Teacher, data: LabelledImages, console: Console, only: Sequence[str] = ()
@@ -157,6 +165,7 @@ class Comparison:
             "seconds": {name: round(value, 1) for name, value in (painting.seconds | learning.seconds).items()},
             "peak_memory_bytes": peak_memory(),
             "bytes": student.size().total_bytes,
+            "machine": machine(teacher.device),
             "versions": versions(),
         }
 
@@ -199,11 +208,13 @@ def joined(folders: Sequence[Path]) -> tuple[Protocol, list[Row]]:
     return first.protocol, list({row["label"]: row for row in rows}.values())
 
 
-def _remembered(path: Path, value: Any) -> Any:
-    """What is noted in `path`: `value`, if this is the first time."""
+def _remembered(path: Path, made_by: Table) -> Table:
+    """The network and method noted in `path`, with settings added since; `made_by`, if this is the first time."""
     if not path.exists():
-        path.write_text(json.dumps(value))
-    return json.loads(path.read_text())
+        write_text(path, json.dumps(made_by))
+    noted = json.loads(path.read_text())
+    network = noted.pop("network")
+    return {"network": network, **recipes.describe_part(recipes.build({"method": noted}).method)}
 
 
 def _require_same_settings(before: Table, now: Table, what: str) -> None:

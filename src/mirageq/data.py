@@ -44,14 +44,15 @@ class LabelledImages:
         """How many images, at least one and `most` at most, have so many pixels together."""
         return max(1, min(most, pixels // (self._shape[1] * self._shape[2])))
 
-    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pixels (B, C, H, W) uint8 RGB and labels (B,) int64, in the order of the files.
+    def batches(self, batch_size: int, chosen: Sequence[int] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pixels (B, C, H, W) uint8 RGB and labels (B,) int64, in the order of the files, or of these chosen ones.
 
         Raises:
             UserError: an image is smaller than the network's input, or has another number of channels.
         """
-        for start in range(0, self.count, batch_size):
-            picked = [self._files[index] for index in range(start, min(start + batch_size, self.count))]
+        order = range(self.count) if chosen is None else chosen
+        for start in range(0, len(order), batch_size):
+            picked = [self._files[index] for index in order[start : start + batch_size]]
             pixels = np.stack([self._fit(image) for image, _ in picked])
             yield (
                 torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),

@@ -16,6 +16,7 @@ from mirageq.images import Batch
 from mirageq.journal import Journal
 from mirageq.losses import bn_alignment
 from mirageq.observe import Observation
+from mirageq.precision import Precision, autocast, note_precision
 from mirageq.seeding import stream
 from mirageq.teacher import Teacher
 
@@ -45,7 +46,7 @@ class GeneratorTraining:
         last_bn_weight: of further alignment at the last BatchNorm alone (ClusterQ's released code amounts to 0.075).
         crop_probability: chance, per update, that the teacher sees the batch through random crops and flips.
         crop_scale: smallest area of a crop.
-        precision: "bfloat16" runs generator and teacher under autocast.
+        precision: "bfloat16" runs generator and teacher under autocast, where the device has such instructions.
     """
 
     warmup: int = 2000
@@ -61,7 +62,7 @@ class GeneratorTraining:
     last_bn_weight: float = 0.0
     crop_probability: float = 0.0
     crop_scale: float = 0.8
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -182,6 +183,7 @@ class GeneratorSource:
 
     def warm_up(self, journal: Journal) -> None:
         """Train the generator alone, resuming from the journal; a finished warm-up is read, not repeated."""
+        note_precision(self.settings.precision, self.teacher.device, journal)
         checkpoint = journal.checkpoint("generator")
         if state := checkpoint.load():
             self.load_state_dict(state)
@@ -233,7 +235,7 @@ class GeneratorSource:
         """One training step of the generator: the images made for it, and its loss terms."""
         settings, generator = self.settings, stream(self.seed, "generator", self.step)
         labels, noise = self._inputs(batch_size, generator)
-        with torch.autocast(labels.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
+        with autocast(settings.precision, labels.device):
             images = self.generator(noise, labels)
             viewed = images
             if torch.rand((), generator=generator) < settings.crop_probability:

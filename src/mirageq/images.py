@@ -60,7 +60,7 @@ class SyntheticSet:
                 f"A set needs as many labels as images, and at least one; got {len(labels)} and {len(images)}."
             )
         self.images, self.labels, self.seed = images, labels, seed
-        self._drawn = 0
+        self._drawn = self._resume_at = 0
 
     def __len__(self) -> int:
         return len(self.images)
@@ -75,6 +75,7 @@ class SyntheticSet:
                 "Make more images or use a smaller batch."
             )
         per_epoch = len(self) // batch_size
+        self._drawn, self._resume_at = self._resume_at, 0
         while True:
             epoch, index = divmod(self._drawn, per_epoch)
             order = torch.randperm(len(self), generator=stream(self.seed, "order", epoch))
@@ -86,15 +87,17 @@ class SyntheticSet:
         return {"drawn": self._drawn}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._drawn = state["drawn"]
+        self._drawn = self._resume_at = state["drawn"]
 
     def digest(self) -> str:
         """SHA-256 of the images and labels."""
         return hash_tensors({"images": self.images, "labels": self.labels})
 
     def save(self, path: Path) -> None:
-        """Write the set, as float16, to a safetensors file."""
-        save_file({"images": self.images.half().contiguous(), "labels": self.labels.contiguous()}, path)
+        """Write the set, as float16, to a safetensors file; an interruption leaves none, or the one before."""
+        written = path.with_suffix(".new")
+        save_file({"images": self.images.half().contiguous(), "labels": self.labels.contiguous()}, written)
+        os.replace(written, path)
 
     @staticmethod
     def load(path: Path, *, seed: int = 0) -> SyntheticSet:

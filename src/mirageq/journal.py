@@ -39,6 +39,8 @@ class Journal:
         self.folder, self.console, self.checkpoint_seconds = folder, console, checkpoint_seconds
         self._file = folder / HISTORY if folder else None
         self.history = read_history(self._file) if self._file else []
+        if self._file and self._file.exists() and not self._file.read_text().endswith("\n"):
+            self._rewrite()  # without the line that was cut short
         self.seconds: dict[str, float] = {}
         self._clock: tuple[str, float] | None = None
         self._above: Journal | None = None
@@ -120,7 +122,7 @@ class Journal:
 
     def _rewrite(self) -> None:
         if self._file:
-            self._file.write_text("".join(json.dumps(row) + "\n" for row in self.history))
+            write_text(self._file, "".join(json.dumps(row) + "\n" for row in self.history))
 
     def _progress(self) -> Progress:
         columns = (
@@ -142,10 +144,10 @@ class Checkpoint:
         self.path, self.seconds, self._saved, self._saved_at = path, seconds, saved, time.monotonic()
 
     def load(self) -> dict[str, Any] | None:
-        """The saved state, or None."""
+        """The saved state, its tensors on the CPU, or None."""
         if self.path is None or not self.path.exists():
             return None
-        return torch.load(self.path, weights_only=True)
+        return torch.load(self.path, map_location="cpu", weights_only=True)
 
     def offer(self, state: Callable[[], dict[str, Any]]) -> None:
         """Save `state()` if the last time is long enough ago."""

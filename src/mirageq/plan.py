@@ -93,7 +93,7 @@ class Plan:
     def recipe_of(self, cell: Cell) -> Recipe:
         base = recipes.read(self.recipe) if self.recipe else {}
         method = {"name": cell.method, **self.methods[cell.method]}
-        table = {**base, "method": recipes.laid_over(base.get("method", {}), method)}
+        table = {**base, "method": recipes.laid_over(recipes.section(base, "method"), method)}
         return recipes.build(recipes.assign(recipes.set_bits(table, cell.bits), self.variants[cell.variant]))
 
     def check(self, only: Sequence[str] = ()) -> Recipe:

@@ -93,11 +93,11 @@ def laid_over(base: Table, own: Table) -> Table:
     if own.get("name", base.get("name")) != base.get("name"):
         return own
     result = {**base, **own}
-    for name, section in base.items():
+    for name, part in base.items():
         given = own.get(name)
-        if isinstance(section, dict) and isinstance(given, dict):
-            result[name] = laid_over(section, given)
-        elif isinstance(section, dict) and given is False:
+        if isinstance(part, dict) and isinstance(given, dict):
+            result[name] = laid_over(part, given)
+        elif isinstance(part, dict) and given is False:
             del result[name]
     return result
 
@@ -117,10 +117,10 @@ def assign(table: Table, assignments: Sequence[str]) -> Table:
         if sections and sections[0] not in SECTIONS:
             raise UserError(f"There is no section '{sections[0]}' in a recipe; {did_you_mean(sections[0], SECTIONS)}.")
         place = result
-        for section in sections:
-            place = place.setdefault(section, {})
+        for inner in sections:
+            place = place.setdefault(inner, {})
             if not isinstance(place, dict):
-                raise UserError(f"'{section}' is a single value and has no '{name}'; got '{assignment}'.")
+                raise UserError(f"'{inner}' is a single value and has no '{name}'; got '{assignment}'.")
         place[name] = value.strip()
     return result
 
@@ -128,7 +128,7 @@ def assign(table: Table, assignments: Sequence[str]) -> Table:
 def set_bits(table: Table, bits: str) -> Table:
     """A copy of the table with the scheme's bits set from a text such as 'w4a4'."""
     weight_bits, activation_bits = parse_bits(bits)
-    scheme = {**table.get("scheme", {}), "weight_bits": weight_bits, "activation_bits": activation_bits}
+    scheme = {**section(table, "scheme"), "weight_bits": weight_bits, "activation_bits": activation_bits}
     return {**table, "scheme": scheme}
 
 
@@ -140,12 +140,12 @@ def build(table: Table) -> Recipe:
     """
     rest = dict(table)
     parts = {
-        "method": _assemble(_section(rest, "method"), "method", methods.find, "intraq"),
-        "scheme": settings(Scheme, _section(rest, "scheme"), "scheme"),
-        "tuner": _assemble(_section(rest, "tuner"), "tuner", find_tuner, "distill"),
+        "method": _assemble(section(rest, "method"), "method", methods.find, "intraq"),
+        "scheme": settings(Scheme, section(rest, "scheme"), "scheme"),
+        "tuner": _assemble(section(rest, "tuner"), "tuner", find_tuner, "distill"),
     }
-    for section in SECTIONS:
-        rest.pop(section, None)
+    for name in SECTIONS:
+        rest.pop(name, None)
     check_names(_Counts, rest, "the recipe", besides=SECTIONS)
     plain = settings(_Counts, rest, "the recipe")
     return Recipe(**parts, images=plain.images, calibration_images=plain.calibration_images)
@@ -227,11 +227,12 @@ class _Counts:
     calibration_images: int = Recipe.calibration_images
 
 
-def _section(table: Table, name: str) -> Table:
-    section = table.get(name, {})
-    if not isinstance(section, dict):
-        raise UserError(f"'{name}' is a section of a recipe, [{name}], not a single value; got {section!r}.")
-    return section
+def section(table: Table, name: str) -> Table:
+    """The section called `name`, empty if there is none; raises a `UserError` if it is a single value."""
+    found = table.get(name, {})
+    if not isinstance(found, dict):
+        raise UserError(f"'{name}' is a section of a recipe, [{name}], not a single value; got {found!r}.")
+    return found
 
 
 def find_tuner(name: str) -> type:

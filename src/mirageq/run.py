@@ -21,6 +21,7 @@ from mirageq.folders import RECORD, check_folder, write_text
 from mirageq.images import ImageSource, SyntheticSet, hash_tensors
 from mirageq.journal import SECONDS, Journal
 from mirageq.pipeline import Result, check_pixel_range, quantize
+from mirageq.precision import has_bfloat16
 from mirageq.quant import Student
 from mirageq.recipe import Recipe, Table, build, describe, settings
 from mirageq.storage import load_student, network_hash, save_student
@@ -79,11 +80,7 @@ class Run:
             "status": "running",
             "only_images": only_images,
             "versions": versions(),
-            "machine": {
-                "processor": platform.machine(),
-                "threads": torch.get_num_threads(),
-                "device": str(teacher.device),
-            },
+            "machine": machine(teacher.device),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "network": {**asdict(choice), "sha256": network_hash(teacher), "classes": teacher.classes},
             "seed": seed,
@@ -242,6 +239,16 @@ def load(
         raise UserError(f"{path} is not the folder of a run; for a file, give the model it was made from as well.")
     run = Run.open(path)
     return run.student(load_teacher(run.choice, device))
+
+
+def machine(device: torch.device) -> Table:
+    """What was computed on: the processor and its threads, "cpu" or the GPU's name, and whether it has bfloat16."""
+    return {
+        "processor": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "bfloat16": has_bfloat16(device),
+    }
 
 
 def versions() -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -34,8 +35,10 @@ def save_student(student: Student, teacher: Teacher, path: Path) -> dict[str, Te
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in student.state_dict().items()}
     scheme = {key: value for key, value in asdict(student.scheme).items() if value is not None}
     header = {"format": FORMAT, "scheme": scheme, "network_sha256": network_hash(teacher)}
+    written = path.with_suffix(".new")
     try:
-        save_file(state, path, {HEADER: json.dumps(header)})
+        save_file(state, written, {HEADER: json.dumps(header)})
+        os.replace(written, path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be written: {error}.") from error
     return state

@@ -42,7 +42,7 @@ def accuracy_table(rows: Sequence[Row]) -> str:
 
 
 def image_table(rows: Sequence[Row]) -> str:
-    """Markdown: what the images of each source are like to the teacher."""
+    """Markdown: what each source's images are like to the teacher, and what they cost on the first row's device."""
     lines = [
         "| images from | recognised, % | intra-class distance | silhouette | seconds to make | seconds to tune |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
@@ -53,7 +53,8 @@ def image_table(rows: Sequence[Row]) -> str:
             _mean([row["images"][name] for row in ours], digits)
             for name, digits in (("recognised", 1), ("intra_class_distance", 3), ("silhouette", 3))
         ]
-        times = [f"{statistics.mean(row['seconds'][name] for row in ours):.0f}" for name in ("synthesize", "tune")]
+        alike = _on_one_device(ours)
+        times = [f"{statistics.mean(row['seconds'][name] for row in alike):.0f}" for name in ("synthesize", "tune")]
         lines.append(f"| {source} | " + " | ".join(figures + times) + " |")
     return "\n".join(lines)
 
@@ -64,7 +65,7 @@ def page(protocol: Protocol, rows: Sequence[Row]) -> str:
         return f"{protocol.sentences()}\n\nNo cell is finished yet.\n"
     error = max(row["standard_error"] for row in rows)
     divergence = " KL is the divergence from the teacher's probabilities, in nats an image." if _diverging(rows) else ""
-    memory = max(row["peak_memory_bytes"] for row in rows) / 2**30
+    memory = max(row["peak_memory_bytes"] for row in _on_one_device(rows)) / 2**30
     return (
         f"{protocol.sentences()}\n\n{accuracy_table(rows)}\n\n"
         f"`±` is the standard deviation over seeds; the binomial error of one figure is at most {error:.2f}."
@@ -130,6 +131,12 @@ def describe(delivery: Delivery) -> list[str | Grid]:
     left = [f"left in float: {name}: {reason}" for name, reason in delivery.left_in_float]
     structure = f"the profile '{delivery.profile}' is checked for its structure only"
     return [sizes, "", proofs if delivery.verifications else structure, "", *left, f"wrote {delivery.path}"]
+
+
+def _on_one_device(rows: Sequence[Row]) -> list[Row]:
+    """Those computed on the device of the first row: seconds and memory of a processor and of a GPU do not mix."""
+    devices = [row.get("machine", {}).get("device", "cpu") for row in rows]
+    return [row for row, device in zip(rows, devices, strict=True) if device == devices[0]]
 
 
 def _diverging(rows: Sequence[Row]) -> bool:

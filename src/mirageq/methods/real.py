@@ -46,7 +46,7 @@ class Real:
         data = open_images(self.path, teacher.shape_at(self.image_size), resize=self.resize)
         if data.count < count:
             raise UserError(f"{self.path} holds {data.count} images, and {count} were asked for. Lower images.")
-        pixels, labels = (torch.cat(parts) for parts in zip(*data.batches(256), strict=True))
-        chosen = torch.randperm(len(pixels), generator=stream(seed, "real"))[:count]
+        chosen = torch.randperm(data.count, generator=stream(seed, "real"))[:count].tolist()
+        pixels, labels = (torch.cat(parts) for parts in zip(*data.batches(256, chosen), strict=True))
         mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (teacher.mean, teacher.std))
-        return SyntheticSet((pixels[chosen] / 255 - mean) / std, labels[chosen], seed=seed)
+        return SyntheticSet((pixels / 255 - mean) / std, labels, seed=seed)

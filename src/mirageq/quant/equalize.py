@@ -36,10 +36,10 @@ class Pair:
     def tensors(self, module: GraphModule) -> tuple[Tensor, Tensor | None, Tensor]:
         """The first layer's weight (O, ...) and bias, and the second's weight with its inputs in front: (O, ...)."""
         bias = stored_bias(self.first)
-        after = stored(module, self.second.args[1])
-        depthwise = after.shape[1] == 1
+        before, after = (stored(module, layer.args[1]) for layer in (self.first, self.second))
+        depthwise = after.shape[1] == 1 and after.shape[0] == before.shape[0]
         return (
-            stored(module, self.first.args[1]),
+            before,
             None if bias is None else stored(module, bias),
             after if depthwise else after.transpose(0, 1),
         )

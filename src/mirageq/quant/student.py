@@ -89,8 +89,8 @@ class Student(nn.Module):
         """Set the activation ranges from batches of normalised images (N, C, H, W), and fix them.
 
         While they are found, activations pass in float and weights are quantized, and with ranges from
-        "batch_norms" activations have the sizes that those remember. Earlier ranges are replaced; if an error comes up
-        they stay.
+        "batch_norms" activations have the sizes that those remember. Earlier ranges are replaced; they stay if an
+        activation is refused.
 
         Raises:
             UserError: no batch, an activation that is NaN or infinite, or a bias beyond 32 bits.

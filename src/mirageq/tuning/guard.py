@@ -61,7 +61,7 @@ class DivergenceGuard:
                 f"{self.patience} times, to {lr * self.lr_scale:.2g}. Use a smaller lr, or clip_norm."
             )
         self.lr_scale *= self.retreat
-        self.smoothed = math.nan
+        self.smoothed, self.lowest = math.nan, math.inf  # of a run that is taken back
         return (
             f"Step {step}: loss {loss:.3g} is not finite or exploding; back to the last good state, "
             f"learning rate now {lr * self.lr_scale:.2g} ({self.alarms} of {self.patience})."

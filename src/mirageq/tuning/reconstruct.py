@@ -44,6 +44,7 @@ Side = tuple[GraphModule, Block, Cache]
 """A network, one of its blocks, and what the block reads."""
 
 LOOKED_AT = 128  # images on which a block's error is told
+CHECKED_EVERY = 50  # steps, for a loss that is no number; to look at it makes a GPU wait
 CUTOFFS = (0.1, 0.5)  # of softened images, in parts of the highest frequency
 LIVING_CACHES = 4  # activations of all images that are held at a time, the images besides
 
@@ -97,6 +98,8 @@ class Reconstruct:
         check_not_negative(self, "steps", "mixes", "scale_lr", "weight_scale_lr", "bias_lr", "rounding_weight")
         if not 0 <= self.drop < 1:
             raise UserError(f"drop is a probability below 1; got {self.drop}.")
+        if isinstance(self.then, Reconstruct):
+            raise UserError("What follows a reconstruction is another tuner; give this one more steps instead.")
 
     def tune(
         self, teacher: Teacher, student: Student, source: ImageSource, *, seed: int = 0, journal: Journal | None = None
@@ -198,8 +201,8 @@ class Reconstruct:
         if self.bias_lr:
             biases = [value for value in run.parameters() if value.dim() == 1]
             groups.append({"params": biases, "rate": self.bias_lr})
-        optimizer = torch.optim.Adam(groups, lr=self.lr)
         device = next(network.parameters()).device
+        optimizer = torch.optim.Adam(groups, lr=self.lr, fused=device.type == "cuda")
         for step in range(self.steps):
             chosen = torch.randint(len(quantized), (self.batch_size,), generator=generator)
             x = dropping(quantized.take(chosen), full.take(chosen), self.drop, generator).to(device)
@@ -213,7 +216,7 @@ class Reconstruct:
                     + self.rounding_weight
                     * torch.stack([part.indecision(sharpness) for part in weights.values()]).sum()
                 )
-            if not loss.isfinite():
+            if (step % CHECKED_EVERY == 0 or step == self.steps - 1) and not loss.isfinite():
                 raise UserError(f"The loss of block '{block.name}' became {float(loss.detach())}. Lower tuner.lr.")
             for group in optimizer.param_groups[1:]:  # steps settle; roundings need their rate to the end, to decide
                 group["lr"] = cosine(group["rate"], 0.0, decided)

@@ -73,7 +73,7 @@ class _SoftRounding(torch.autograd.Function):
         ctx.save_for_backward(up, scale, base, low, high)
         result = torch.empty_like(up)
         for rows, step, whole, least, most, out in _rows(up, scale, base, low, high, result):
-            torch.mul(_on_grid(_share(rows)[0].add_(whole), least, most), step, out=out)
+            torch.mul(_on_grid(_share(rows).add_(whole), least, most), step, out=out)
         return result
 
     @staticmethod
@@ -83,7 +83,7 @@ class _SoftRounding(torch.autograd.Function):
         to_up, to_scale = torch.empty_like(up), torch.empty_like(scale)
         tensors = (up, scale, base, low, high, gradient, to_up, to_scale)
         for rows, step, whole, least, most, given, out, out_scale in _rows(*tensors):
-            share, slope = _share(rows)
+            share, slope = _share_and_slope(rows)
             codes = share.add_(whole)
             clipped = _on_grid(codes, least, most)
             out_scale.copy_((given * clipped).flatten(1).sum(1).view_as(out_scale))
@@ -99,7 +99,7 @@ class _Indecision(torch.autograd.Function):
     def forward(ctx: Any, up: Tensor, sharpness: float) -> Tensor:
         total, to_up = up.new_zeros(()), torch.empty_like(up)
         for rows, out in _rows(up, to_up):
-            share, slope = _share(rows)
+            share, slope = _share_and_slope(rows)
             side = share.mul_(2).sub_(1)
             sure = side.abs()
             power = sure.pow(sharpness - 1)
@@ -121,8 +121,13 @@ def _on_grid(codes: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return torch.minimum(clipped, high, out=clipped)
 
 
-def _share(up: Tensor) -> tuple[Tensor, Tensor]:
-    """h, how far each code is on its way from the lower to the upper one, and its slope, 0 where h is at an end."""
+def _share(up: Tensor) -> Tensor:
+    """h, how far each code is on its way from the lower to the upper one."""
+    return torch.sigmoid(up).mul_(STRETCH[1] - STRETCH[0]).add_(STRETCH[0]).clamp_(0, 1)
+
+
+def _share_and_slope(up: Tensor) -> tuple[Tensor, Tensor]:
+    """h and its slope, 0 where h is at an end."""
     width = STRETCH[1] - STRETCH[0]
     sigmoid = torch.sigmoid(up)
     stretched = sigmoid * width + STRETCH[0]

@@ -1,12 +1,24 @@
-"""Memory of a process of our own: the command line's, not that of a program which imports this package."""
+"""How a process of our own computes: the command line's, not that of a program which imports this package."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
 
+import torch
+
 TRIM_THRESHOLD, MMAP_MAX = -1, -4  # of glibc's <malloc.h>
 LARGEST_INT = 2**31 - 1
+
+
+def compute_in_float32() -> None:
+    """Let GPUs convolve in float32, not in TF32, PyTorch's default for convolutions, which keeps 10 bits of a number.
+
+    A student computes with products of codes and float32 steps; cut to 10 bits, values fall on other codes than those
+    an integer runtime finds. Processors compute in float32 anyway.
+    """
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def keep_freed_memory() -> bool:

@@ -1,4 +1,4 @@
-"""The memory of the command line's process."""
+"""How the command line's process computes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 PROGRAM = """
 import resource, torch
-from mirageq.memory import keep_freed_memory
+from mirageq.process import keep_freed_memory
 if {keep} and not keep_freed_memory():
     raise SystemExit("another C library")
 torch.set_num_threads(1)
@@ -38,3 +38,20 @@ def test_freed_memory_is_used_again_without_faulting_it_in():
     usual = _faults(keep=False)
     assert usual > 100_000  # what there is to win: ten more tensors cost their pages anew
     assert _faults(keep=True) < usual / 10
+
+
+def test_the_command_line_computes_in_float32():
+    program = """
+import sys, torch
+from mirageq.__main__ import run
+sys.argv = ["mirageq", "recipes"]
+torch.backends.cuda.matmul.allow_tf32 = True  # as a program's defaults may have it
+try:
+    run()
+except SystemExit as ended:
+    assert not ended.code
+assert not torch.backends.cudnn.allow_tf32
+assert not torch.backends.cuda.matmul.allow_tf32
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
