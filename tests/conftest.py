@@ -36,3 +36,14 @@ class Stumbling(Journal):
 def stumbling():
     """The journal class that interrupts: stumbling(folder, rows)."""
     return Stumbling
+
+
+@pytest.fixture
+def half_written():
+    """A `save_file` that is interrupted in the middle of the file."""
+
+    def save_file(tensors, path, metadata=None):
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    return save_file

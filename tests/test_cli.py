@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import matplotlib.image
 import numpy as np
 import pytest
 import torch
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch.export import Dim, export
 
 from mirageq import Distill, Teacher, ZeroQ, cli
-from mirageq.recipe import Recipe
+from mirageq.recipe import SECTIONS, Recipe
 from mirageq.run import NetworkChoice, Run, load_teacher
 from mirageq.testing import SHAPE, TinyResNet
 
@@ -96,7 +97,9 @@ def test_show_draws_what_a_run_made(made, pictured, tmp_path, monkeypatch, capsy
     assert titles == pictured
     printed = capsys.readouterr().out
     for name in ("images.png", "curves.png"):
-        assert (tmp_path / "run" / name).stat().st_size > 5000
+        picture = matplotlib.image.imread(tmp_path / "run" / name)
+        assert min(picture.shape[:2]) > 100
+        assert np.ptp(picture) > 0, "something is drawn"
         assert name in printed
 
 
@@ -237,6 +240,15 @@ def test_bad_input_gets_a_sentence_exit_code_2_and_leaves_nothing(arguments, mes
     assert message in error
     assert "Traceback" not in error
     assert not out.exists() or not any(out.iterdir())
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_a_recipe_with_a_value_in_place_of_a_section_is_told(section, tmp_path, capsys):
+    (tmp_path / "recipe.toml").write_text(f"{section} = 3\n")
+    arguments = ["--method", "zeroq", "--bits", "w4a4", "--recipe", str(tmp_path / "recipe.toml")]
+    assert cli.main(["quantize", *TINY, *arguments, "--out", str(tmp_path / "run")]) == 2
+    assert f"'{section}' is a section of a recipe, [{section}], not a single value; got 3." in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_checkpoint_that_does_not_fit_names_the_first_wrong_keys(tmp_path, capsys):

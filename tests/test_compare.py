@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from mirageq import cli, compare
+from mirageq.compare import Comparison
 from mirageq.errors import UserError
 from mirageq.methods.noise import Noise
 from mirageq.methods.zeroq import ZeroQ
 from mirageq.observe import Observer
 from mirageq.plan import Plan
+from mirageq.recipe import SECTIONS
 from mirageq.testing import SHAPE
 
 TINY = ["py:mirageq.testing:TinyResNet", "--image-shape", ",".join(map(str, SHAPE)), "--device", "cpu"]
@@ -146,6 +148,15 @@ def test_a_cut_line_costs_only_its_cell(place):
     assert len(rows(place)) == 4
 
 
+def test_a_damaged_line_is_told_unless_it_is_the_last(tmp_path):
+    comparison, path = Comparison(tmp_path, None), tmp_path / "cells.jsonl"
+    path.write_text('{"label": "a"}\n{"label": "b"}\n{"lab')
+    assert [row["label"] for row in comparison.rows()] == ["a", "b"]
+    path.write_text('{"label": "a"}\n{"lab\n{"label": "c"}\n')
+    with pytest.raises(UserError, match=r"cells\.jsonl is damaged in line 2; mend that line or take it out"):
+        comparison.rows()
+
+
 def test_another_protocol_is_refused_and_nothing_is_lost(place, capsys):
     assert run(place, "--only", "noise w4a4 seed0") == 0
     before = (place / "out" / "cells.jsonl").read_text()
@@ -176,6 +187,22 @@ def test_settings_that_are_newer_than_a_comparison_count_as_their_defaults(place
     cells.write_text(json.dumps(row) + "\n")
     assert run(place, "--only", "noise w4a4 seed0") == 0
     assert len(rows(place)) == 1
+
+
+def test_settings_that_are_newer_than_the_images_count_as_their_defaults(place, capsys):
+    assert run(place, "--only", "zeroq", "w4a4", "seed0") == 0
+    (path,) = (place / "out" / "work").rglob("method.json")
+    noted = json.loads(path.read_text())
+    del noted["swing"]
+    path.write_text(json.dumps(noted))
+    plan = place / "plan.toml"
+    unchanged = plan.read_text()
+    plan.write_text(unchanged.replace("iterations = 3", "iterations = 4"))
+    assert run(place, "--only", "zeroq", "w3a3", "seed0") == 2
+    assert "iterations = 3, and the plan says 4" in capsys.readouterr().err
+    plan.write_text(unchanged)
+    assert run(place, "--only", "zeroq", "w3a3", "seed0") == 0
+    assert len(rows(place)) == 2
 
 
 def test_show_joins_comparisons_of_one_protocol_and_refuses_others(place, capsys):
@@ -209,6 +236,14 @@ def test_a_plan_with_a_mistake_is_refused_before_anything_is_written(place, caps
     plan.write_text(plan.read_text().replace(*edit))
     assert run(place) == 2
     assert message in capsys.readouterr().err
+    assert not (place / "out").exists()
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_a_recipe_with_a_value_in_place_of_a_section_is_refused(place, capsys, section):
+    (place / "recipe.toml").write_text(f"{section} = 3\n")
+    assert run(place) == 2
+    assert f"'{section}' is a section of a recipe, [{section}], not a single value; got 3." in capsys.readouterr().err
     assert not (place / "out").exists()
 
 

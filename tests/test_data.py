@@ -17,8 +17,8 @@ def pixels(count, height=8, width=8):
     return np.random.default_rng(0).integers(0, 256, (count, height, width, 3), np.uint8)
 
 
-def everything(data, batch_size=2):
-    images, labels = zip(*data.batches(batch_size), strict=True)
+def everything(data, *chosen):
+    images, labels = zip(*data.batches(2, *chosen), strict=True)
     return torch.cat(images), torch.cat(labels).tolist()
 
 
@@ -47,6 +47,14 @@ def test_npz_and_limit(tmp_path):
     assert data.count == 3
     assert labels == [4, 3, 2]
     assert np.array_equal(read.permute(0, 2, 3, 1).numpy(), images[:3])
+
+
+def test_chosen_images_come_in_the_order_they_were_chosen_in(tmp_path):
+    images = pixels(5)
+    np.savez(tmp_path / "test.npz", images=images, labels=np.arange(5))
+    read, labels = everything(open_images(tmp_path / "test.npz", SHAPE), [4, 0, 3])
+    assert labels == [4, 0, 3]
+    assert np.array_equal(read.permute(0, 2, 3, 1).numpy(), images[[4, 0, 3]])
 
 
 @pytest.mark.parametrize("label_bytes", [1, 2])

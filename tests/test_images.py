@@ -16,6 +16,11 @@ def images(count, seed=0):
     return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(seed))
 
 
+def shown(source, count):
+    """The labels of the first so many batches."""
+    return [batch.labels.tolist() for batch in islice(source.batches(4), count)]
+
+
 def test_a_growing_file_is_readable_by_safetensors_and_keeps_what_was_written(tmp_path):
     path = tmp_path / "set.safetensors"
     growing = GrowingSet(7, SHAPE, path)
@@ -63,10 +68,32 @@ def test_a_begun_file_of_another_size_is_refused(tmp_path):
 
 def test_every_epoch_shows_each_image_once_in_another_order():
     source = SyntheticSet(images(8), torch.arange(8), seed=3)
-    labels = [batch.labels.tolist() for batch in islice(source.batches(4), 4)]
+    labels = shown(source, 4)
     first, second = labels[0] + labels[1], labels[2] + labels[3]
     assert sorted(first) == sorted(second) == list(range(8))
     assert first != second
+
+
+def test_batches_begin_at_the_first_epoch_and_go_on_from_a_loaded_state_once():
+    source, other = (SyntheticSet(images(8), torch.arange(8), seed=3) for _ in range(2))
+    whole = shown(source, 5)
+    assert shown(source, 5) == whole
+    shown(other, 3)
+    state = other.state_dict()
+    source.load_state_dict(state)
+    assert source.state_dict() == state
+    assert shown(source, 2) == whole[3:]
+    assert shown(source, 2) == whole[:2]
+
+
+def test_an_interruption_leaves_the_file_of_before(tmp_path, monkeypatch, half_written):
+    path = tmp_path / "set.safetensors"
+    SyntheticSet(images(2), torch.arange(2)).save(path)
+    before = path.read_bytes()
+    monkeypatch.setattr("mirageq.images.save_file", half_written)
+    with pytest.raises(KeyboardInterrupt):
+        SyntheticSet(images(3), torch.arange(3)).save(path)
+    assert path.read_bytes() == before
 
 
 def test_a_batch_larger_than_the_set_is_refused():

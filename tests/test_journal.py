@@ -34,6 +34,16 @@ def test_a_line_cut_short_is_left_out(tmp_path):
     assert len(read_history(file)) == 1
 
 
+@pytest.mark.parametrize("cut", ['{"stage": "tu', '{"stage": "tune", "step": 1}'], ids=["in the row", "before its end"])
+def test_a_history_whose_last_line_was_cut_short_is_mended(tmp_path, cut):
+    file = tmp_path / "history.jsonl"
+    file.write_text('{"stage": "tune", "step": 0, "loss": 1.0}\n' + cut)
+    journal = Journal(tmp_path)
+    journal.say("on it goes")
+    assert read_history(file) == journal.history
+    assert journal.history[-1]["text"] == "on it goes"
+
+
 def test_seconds_add_up_over_interrupted_and_killed_calls(tmp_path, monkeypatch):
     clock = iter([0.0, 2.0, 10.0, 13.0, 13.5, 20.0, 21.0, 30.0])
     monkeypatch.setattr("mirageq.journal.time.perf_counter", lambda: next(clock))

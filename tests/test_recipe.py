@@ -81,6 +81,12 @@ def test_what_does_not_fit_is_told_in_a_sentence(table, message):
         recipe.build(table)
 
 
+@pytest.mark.parametrize("name", recipe.SECTIONS)
+def test_a_value_in_place_of_a_section_is_told_although_the_bits_are_set(name):
+    with pytest.raises(UserError, match=rf"^'{name}' is a section of a recipe, .* not a single value; got 3\.$"):
+        recipe.build(recipe.set_bits({name: 3}, "w4a4"))
+
+
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [

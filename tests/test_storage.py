@@ -87,6 +87,16 @@ def test_tensors_that_do_not_fit_the_scheme_are_said(teacher, student, tmp_path)
         load_student(path, teacher)
 
 
+def test_an_interruption_leaves_the_file_of_before(teacher, student, tmp_path, monkeypatch, half_written):
+    path = tmp_path / "student.safetensors"
+    save_student(student, teacher, path)
+    before = path.read_bytes()
+    monkeypatch.setattr("mirageq.storage.save_file", half_written)
+    with pytest.raises(KeyboardInterrupt):
+        save_student(student, teacher, path)
+    assert path.read_bytes() == before
+
+
 def test_what_is_missing_from_a_call_is_said(teacher, student, tmp_path):
     with pytest.raises(UserError, match="is not the folder of a run"):
         mirageq.load(tmp_path / "student.safetensors")

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from mirageq.data import LabelledImages
 from mirageq.errors import UserError
 from mirageq.methods.real import Real
+from mirageq.seeding import stream
 from mirageq.teacher import Teacher
 from mirageq.testing import SHAPE, TinyResNet
 
@@ -27,6 +29,17 @@ def test_images_are_normalised_and_keep_their_labels(file):
         assert stored["labels"][place[0]] == int(label)
     other = Real(path=str(file)).synthesize(teacher, 20, seed=4).sample(20)
     assert not torch.equal(sample.images, other.images)
+
+
+def test_only_the_chosen_images_are_read(file, monkeypatch):
+    fit, fitted = LabelledImages._fit, []
+    monkeypatch.setattr(LabelledImages, "_fit", lambda self, image: fitted.append(image) or fit(self, image))
+    teacher = Teacher.wrap(TinyResNet(), SHAPE, mean=(0.0,) * 3, std=(1.0,) * 3)
+    sample = Real(path=str(file)).synthesize(teacher, 6, seed=3).sample(6)
+    assert len(fitted) == 6
+    stored, chosen = np.load(file), torch.randperm(20, generator=stream(3, "real"))[:6]
+    assert torch.equal(sample.images, torch.from_numpy(stored["images"])[chosen].permute(0, 3, 1, 2) / 255)
+    assert sample.labels.tolist() == stored["labels"][chosen].tolist()
 
 
 def test_images_may_be_cropped_to_less_than_the_networks_size(file):

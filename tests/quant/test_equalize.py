@@ -35,16 +35,22 @@ class Inverted(nn.Module):
         return self.last(x.mean((2, 3)))
 
 
-def test_neighbours_get_the_same_ranges_and_the_function_stays():
+def narrow() -> nn.Module:
+    """One channel between two convolutions: the second looks depthwise, and is not."""
+    layers = nn.Conv2d(3, 1, 1), nn.ReLU(), nn.Conv2d(1, 6, 3), nn.Flatten(), nn.Linear(6 * 36, 5)
+    return nn.Sequential(*layers)
+
+
+@pytest.mark.parametrize(
+    ("build", "names"), [(Inverted, [("expand", "depthwise"), ("depthwise", "project")]), (narrow, [("0", "2")])]
+)
+def test_neighbours_get_the_same_ranges_and_the_function_stays(build, names):
     torch.manual_seed(0)
-    module = fold_batch_norms(capture(Inverted(), SHAPE))
+    module = fold_batch_norms(capture(build(), SHAPE))
     images = torch.randn(20, *SHAPE)
     before = module(images)
     pairs = equalize(module)
-    assert [(layer_name(pair.first), layer_name(pair.second)) for pair in pairs] == [
-        ("expand", "depthwise"),
-        ("depthwise", "project"),
-    ]
+    assert [(layer_name(pair.first), layer_name(pair.second)) for pair in pairs] == names
     for pair in pairs:
         first, _, second = pair.tensors(module)
         ranges = [weight.flatten(1).abs().amax(1) for weight in (first, second)]

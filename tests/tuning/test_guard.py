@@ -30,6 +30,15 @@ def test_it_lowers_the_rate_three_times_and_then_gives_up():
     assert isinstance(error.value, UserError)
 
 
+def test_losses_of_a_run_that_was_taken_back_are_no_measure():
+    guard = DivergenceGuard()
+    guard.alarmed_by(0.1)
+    guard.back_off(1, math.nan, 1.0)
+    assert not any(guard.alarmed_by(2.0) for _ in range(50))
+    assert guard.calm(guard.every)
+    assert guard.alarmed_by(500.0)
+
+
 def test_its_state_survives_a_round_trip():
     guard = DivergenceGuard()
     guard.alarmed_by(3.0)

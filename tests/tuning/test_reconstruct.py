@@ -62,12 +62,9 @@ def test_another_tuner_can_follow_and_an_interruption_in_it_costs_no_block(teach
     then = Distill(steps=6, batch_size=8, ce_weight=0.0, lr=1e-4, optimizer="adam")
     settings = Reconstruct(**QUICK, then=then)
     whole, parts = student_of(teacher, source), student_of(teacher, source)
-    source.load_state_dict({"drawn": 0})
     settings.tune(teacher, whole, source)
-    source.load_state_dict({"drawn": 0})
     with pytest.raises(KeyboardInterrupt):
         settings.tune(teacher, parts, source, journal=stumbling(tmp_path, 5))
-    source.load_state_dict({"drawn": 0})
     again, journal = student_of(teacher, source), Journal(tmp_path, checkpoint_seconds=0)
     settings.tune(teacher, again, source, journal=journal)
     images = source.sample(8).images
@@ -238,6 +235,8 @@ def test_what_cannot_work_is_said(teacher, source):
             Reconstruct(**{name: 0})
     with pytest.raises(UserError, match="drop is a probability"):
         Reconstruct(drop=1.0)
+    with pytest.raises(UserError, match="What follows a reconstruction is another tuner; give this one more steps"):
+        Reconstruct(then=Reconstruct())
     for name in ("steps", "mixes", "scale_lr", "weight_scale_lr", "bias_lr", "rounding_weight"):
         with pytest.raises(UserError, match=f"{name} must not be negative; got -1"):
             Reconstruct(**{name: -1})
