@@ -26,7 +26,7 @@ def main() -> None:
     teacher = load_teacher(NetworkChoice(name=f"py:{Path(__file__).resolve().parent / 'networks.py'}:{name}"))
     count = 64 if teacher.image_shape[-1] < 100 else 8
     images = torch.randn(count, *teacher.image_shape, requires_grad=True)
-    x = torch.randn(64, 64, 32, 32, requires_grad=True)
+    x = torch.randn(64, 64, 32, 32).contiguous(memory_format=torch.channels_last).requires_grad_()  # as when painting
 
     def step(precision: torch.dtype) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):

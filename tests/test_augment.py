@@ -69,6 +69,23 @@ def test_mixed_images_lie_between_two_of_the_batch():
     assert len(blends.amax(1).unique()) > 3
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_gradient_of_a_shift_is_that_of_padding_and_cutting_out(layout):
+    images = torch.randn(2, 3, 7, 5, generator=stream(1)).contiguous(memory_format=layout).requires_grad_()
+    weight = torch.randn(2, 3, 7, 5, generator=stream(2))
+    generator, places = stream(), set()
+    for _ in range(40):
+        moved = shifted(images, generator, 2)
+        assert moved.is_contiguous(memory_format=layout)
+        padded = F.pad(images, (2, 2, 2, 2), mode="reflect")
+        cuts = {(i, j): padded[..., i : i + 7, j : j + 5] for i in range(5) for j in range(5)}
+        (place,) = (place for place, cut in cuts.items() if torch.equal(moved, cut))
+        places.add(place)
+        (gradient,), (expected,) = (torch.autograd.grad((x * weight).sum(), images) for x in (moved, cuts[place]))
+        torch.testing.assert_close(gradient, expected)
+    assert len(places) > 15
+
+
 def test_a_shift_moves_whole_pixels_mirrors_the_border_and_flips_single_images():
     images = torch.arange(5 * 6 * 6, dtype=torch.float32).view(5, 1, 6, 6)
     generator = torch.Generator().manual_seed(0)

@@ -16,9 +16,12 @@ from mirageq.teacher import BatchNormStatistics
 rng = torch.Generator().manual_seed(0)
 
 
-@pytest.mark.parametrize("shape", [(4, 3, 5, 6), (8, 7)])
-def test_channel_statistics_and_their_gradient(shape):
-    x = (2 + 3 * torch.randn(shape, generator=rng)).requires_grad_()
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [((4, 3, 5, 6), torch.contiguous_format), ((4, 3, 5, 6), torch.channels_last), ((8, 7), torch.contiguous_format)],
+)
+def test_channel_statistics_and_their_gradient(shape, layout):
+    x = (2 + 3 * torch.randn(shape, generator=rng)).contiguous(memory_format=layout).requires_grad_()
     mean, var = channel_statistics(x)
     dims = [0, *range(2, len(shape))]
     expected_var, expected_mean = torch.var_mean(x, dims, correction=0)

@@ -7,10 +7,14 @@ no Python loop over images, and exact gradients back to the full image.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 ATTEMPTS = 10  # as torchvision's RandomResizedCrop: this many draws, then the whole image
 
@@ -82,13 +86,51 @@ def shifted(images: Tensor, generator: torch.Generator, most: int, *, flip: floa
 
     Each image is flipped with probability `flip`.
     """
-    height, width = images.shape[-2:]
-    down, right = torch.randint(0, 2 * most + 1, (2,), generator=generator).tolist()
-    moved = F.pad(images, (most,) * 4, mode="reflect")[..., down : down + height, right : right + width]
+    down, right = (torch.randint(0, 2 * most + 1, (2,), generator=generator) - most).tolist()
+    moved = _Moved.apply(images, down, right) if down or right else images
     if not flip:
         return moved
     mirrored = torch.rand(len(images), 1, 1, 1, generator=generator).to(images.device) < flip
     return torch.where(mirrored, moved.flip(3), moved)
+
+
+class _Moved(torch.autograd.Function):
+    """Pixel (y, x) is that of (y + down, x + right), mirrored at the border, in the layout of memory that images have.
+
+    Padding and cutting out do the same in two passes more, four more for the gradient, and lose the layout.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, down: int, right: int) -> Tensor:
+        ctx.moves = down, right
+        moved = torch.empty_like(images)
+        for (to_rows, from_rows), (to_columns, from_columns) in _strips(images, down, right):
+            moved[..., to_rows, to_columns] = images[..., from_rows, from_columns]
+        return moved
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        result = torch.zeros_like(gradient)
+        for (to_rows, from_rows), (to_columns, from_columns) in _strips(gradient, *ctx.moves):
+            result[..., from_rows, from_columns] += gradient[..., to_rows, to_columns]
+        return result, None, None
+
+
+def _strips(images: Tensor, down: int, right: int) -> Iterator[tuple[tuple[slice, slice], tuple[slice, slice]]]:
+    """Rectangles of a moved image as (rows there, rows here), (columns there, columns here)."""
+    height, width = images.shape[-2:]
+    return product(_stretches(height, down), _stretches(width, right))
+
+
+def _stretches(size: int, move: int) -> list[tuple[slice, slice]]:
+    """(there, here): the part of a line of `size` pixels that only moves, and each pixel mirrored behind its end."""
+    first, behind = max(-move, 0), size - max(move, 0)
+    moved = [(slice(first, behind), slice(first + move, behind + move))]
+    for place in (*range(first), *range(behind, size)):
+        mirror = size - 1 - abs(size - 1 - abs(place + move))
+        moved.append((slice(place, place + 1), slice(mirror, mirror + 1)))
+    return moved
 
 
 def mixed(images: Tensor, generator: torch.Generator) -> Tensor:
