@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from synthesis_speed import compare
 
-from mirageq.memory import keep_freed_memory
+from mirageq.process import keep_freed_memory
 from mirageq.quant.quantizers import ActivationQuantizer
 from mirageq.tuning import soft
 

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mirageq import Journal, Noise, Recipe, agreement, quantize, recipe
-from mirageq.memory import keep_freed_memory
 from mirageq.pipeline import calibrate
+from mirageq.process import keep_freed_memory
 from mirageq.quant import convert
 from mirageq.report import contact_sheet, loss_curves
 from mirageq.run import NetworkChoice, Run, load_teacher

@@ -91,6 +91,29 @@ def test_images_serve_every_bit_width_and_cells_repeat_to_the_same_figures(place
     assert len(painted) == 1
 
 
+def test_cells_side_by_side_are_those_of_one_process(place, capsys):
+    few = ["--methods", "clusterq", "--seeds", "0"]
+    assert run(place, *few, "--jobs", "2", out="two") == 0
+    told = capsys.readouterr().out
+    assert "images of clusterq seed0: begun; its log is" in told
+    assert run(place, *few, out="one") == 0
+    figures = ("label", "top1", "divergence", "images")
+    one, two = (sorted([row[name] for name in figures] for row in rows(place, out)) for out in ("one", "two"))
+    assert len(one) == 2
+    assert one == two
+    assert (place / "two" / "table.md").exists()
+
+
+def test_what_fails_beside_others_is_told_once_they_are_finished(place, capsys):
+    plan = place / "plan.toml"
+    plan.write_text(plan.read_text().split("[methods")[0] + "[methods.noise]\n[methods.zeroq]\nlr = 1e30\n")
+    assert run(place, "--seeds", "0", "--bits", "w4a4", "--jobs", "2") == 2
+    told = capsys.readouterr().err
+    assert "All else is finished, but not:\nzeroq w4a4 seed0: The synthesis loss became " in told
+    assert "Lower lr." in told
+    assert [row["label"] for row in rows(place)] == ["noise w4a4 seed0"]
+
+
 def test_memory_does_not_grow_with_the_images_that_are_looked_at(place, monkeypatch):
     look, seen, alive = Observer.__call__, [], []
 

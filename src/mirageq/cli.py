@@ -24,6 +24,7 @@ from mirageq.images import Batch
 from mirageq.plan import Plan
 from mirageq.protocol import Protocol
 from mirageq.run import IMAGES, NetworkChoice, Run, load_teacher
+from mirageq.side_by_side import Setting, fill_side_by_side
 from mirageq.tables import describe, page
 from mirageq.teacher import Teacher
 
@@ -197,11 +198,16 @@ def _compare(options: argparse.Namespace) -> None:
     if not (plan.network and plan.data and options.out):
         raise UserError("A comparison needs a MODEL, --data and --out FOLDER.")
     options.model = plan.network
-    teacher = load_teacher(_choice(options), _device(options))
+    choice, device = _choice(options), _device(options)
+    teacher = load_teacher(choice, device)
     data = open_images(plan.data, teacher.image_shape, resize=options.resize, limit=options.limit)
     comparison = Comparison.begin(options.out, plan.network, teacher, data, wanted, options.work)
     console.print(comparison.protocol.sentences(), highlight=False)
-    comparison.fill(plan, teacher, data, console, options.only)
+    if options.jobs > 1:
+        setting = Setting(comparison, plan, choice, device, plan.data, options.resize, options.limit)
+        fill_side_by_side(setting, options.jobs, console, options.only)
+    else:
+        comparison.fill(plan, teacher, data, console, options.only)
     _show_comparison(comparison.protocol, comparison.rows(), options.out, comparison.features())
 
 

@@ -100,40 +100,59 @@ class Comparison:
         self, plan: Plan, teacher: Teacher, data: LabelledImages, console: Console, only: Sequence[str] = ()
     ) -> None:
         """Compute the plan's cells that are not finished, of those whose label contains all texts of `only`."""
+        wanted = self.unfinished(plan, only)
+        for index, cell in enumerate(wanted):
+            console.rule(f"{cell.label} ({index + 1} of {len(wanted)})")
+            self.add(self.compute(plan.recipe_of(cell), cell, teacher, data, console), console)
+
+    def unfinished(self, plan: Plan, only: Sequence[str] = ()) -> list[Cell]:
+        """The plan's cells that have no row yet, of those whose label contains all texts of `only`.
+
+        Raises:
+            UserError: a finished one was computed with other settings.
+        """
         wanted = plan.cells(only)
         done = {row["label"]: row["recipe"] for row in self.rows()}
         for cell in wanted:
             if cell.label in done:
                 before = recipes.describe(recipes.build(done[cell.label]))  # with settings added since
                 _require_same_settings(before, recipes.describe(plan.recipe_of(cell)), cell.label)
-        for index, cell in enumerate(wanted):
-            if cell.label not in done:
-                console.rule(f"{cell.label} ({index + 1} of {len(wanted)})")
-                row = self._compute(plan.recipe_of(cell), cell, teacher, data, console)
-                self._add(row)
-                console.print(
-                    f"{cell.label}: {row['top1']:.2f} (full precision {self.protocol.full_precision:.2f})",
-                    highlight=False,
-                )
+        return [cell for cell in wanted if cell.label not in done]
+
+    def add(self, row: Row, console: Console) -> None:
+        """Keep the row of a finished cell, and tell its accuracy."""
+        write_text(self.folder / CELLS, "".join(json.dumps(each) + "\n" for each in [*self.rows(), row]))
+        told = f"{row['label']}: {row['top1']:.2f} (full precision {self.protocol.full_precision:.2f})"
+        console.print(told, highlight=False)
 
     def features(self) -> dict[str, Batch]:
         """Method -> penultimate features and labels of its images, for the methods whose work lies here."""
         found = {}
         for row in self.rows():
-            path = self._images_folder(row["method"], row["recipe"]["images"], row["seed"]) / "features.safetensors"
+            path = self._images_of(row["method"], row["recipe"]["images"], row["seed"]) / "features.safetensors"
             if path.exists() and row["method"] not in found:
                 found[row["method"]] = Batch(**load_file(path))
         return found
 
-    def _compute(self, wanted: Recipe, cell: Cell, teacher: Teacher, data: LabelledImages, console: Console) -> Row:
-        folder = self._images_folder(cell.method, wanted.images, cell.seed)
+    def synthesize(self, wanted: Recipe, cell: Cell, teacher: Teacher, console: Console) -> tuple[ImageSource, Journal]:
+        """The images of a cell, which all cells of its `images_folder` share, and the journal of making them.
+
+        Raises:
+            UserError: that folder has images of other settings.
+        """
+        folder = self.images_folder(wanted, cell)
         folder.mkdir(parents=True, exist_ok=True)
         made_by = {"network": self.protocol.weights_sha256, **recipes.describe_part(wanted.method)}
         _require_same_settings(_remembered(folder / "method.json", made_by), made_by, str(folder))
-        student = convert(teacher.network, wanted.scheme).to(teacher.device)
         painting = Journal(folder, console)
         with painting.timed("synthesize"):
             source = wanted.method.synthesize(teacher, wanted.images, seed=cell.seed, journal=painting)
+        return source, painting
+
+    def compute(self, wanted: Recipe, cell: Cell, teacher: Teacher, data: LabelledImages, console: Console) -> Row:
+        """Make, calibrate, tune and measure the student of a cell; what is finished of its images is read."""
+        student = convert(teacher.network, wanted.scheme).to(teacher.device)
+        source, painting = self.synthesize(wanted, cell, teacher, console)
         fingerprint = sha256(repr((self.protocol.weights_sha256, recipes.describe(wanted))).encode()).hexdigest()
         workplace = self.work / "cells" / f"{cell.folder}-{fingerprint[:8]}"  # nothing of another recipe
         workplace.mkdir(parents=True, exist_ok=True)
@@ -160,7 +179,7 @@ class Comparison:
             "standard_error": measured.standard_error,
             "divergence": measured.divergence,
             "full_precision": self.protocol.full_precision,
-            "images": self._look_at(source, wanted.images, teacher, folder),
+            "images": self._look_at(source, wanted.images, teacher, self.images_folder(wanted, cell)),
             "recipe": recipes.describe(wanted),
             "seconds": {name: round(value, 1) for name, value in (painting.seconds | learning.seconds).items()},
             "peak_memory_bytes": peak_memory(),
@@ -187,11 +206,12 @@ class Comparison:
             "silhouette": silhouette(features, sample.labels),
         }
 
-    def _images_folder(self, method: str, count: int, seed: int) -> Path:
-        return self.work / "images" / f"{method}-{count}-seed{seed}".replace(" ", "_").replace("/", "_")
+    def images_folder(self, wanted: Recipe, cell: Cell) -> Path:
+        """Where the images of a cell lie."""
+        return self._images_of(cell.method, wanted.images, cell.seed)
 
-    def _add(self, row: Row) -> None:
-        write_text(self.folder / CELLS, "".join(json.dumps(each) + "\n" for each in [*self.rows(), row]))
+    def _images_of(self, method: str, count: int, seed: int) -> Path:
+        return self.work / "images" / f"{method}-{count}-seed{seed}".replace(" ", "_").replace("/", "_")
 
 
 def joined(folders: Sequence[Path]) -> tuple[Protocol, list[Row]]:
