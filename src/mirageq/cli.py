@@ -21,10 +21,10 @@ from mirageq.compare import PROTOCOL, Comparison, Row, joined
 from mirageq.errors import UserError
 from mirageq.folders import RECORD, check_folder
 from mirageq.images import Batch
+from mirageq.parallel import Setting, fill_in_parallel
 from mirageq.plan import Plan
 from mirageq.protocol import Protocol
 from mirageq.run import IMAGES, NetworkChoice, Run, load_teacher
-from mirageq.side_by_side import Setting, fill_side_by_side
 from mirageq.tables import describe, page
 from mirageq.teacher import Teacher
 
@@ -205,7 +205,7 @@ def _compare(options: argparse.Namespace) -> None:
     console.print(comparison.protocol.sentences(), highlight=False)
     if options.jobs > 1:
         setting = Setting(comparison, plan, choice, device, plan.data, options.resize, options.limit)
-        fill_side_by_side(setting, options.jobs, console, options.only)
+        fill_in_parallel(setting, options.jobs, console, options.only)
     else:
         comparison.fill(plan, teacher, data, console, options.only)
     _show_comparison(comparison.protocol, comparison.rows(), options.out, comparison.features())

@@ -21,6 +21,7 @@ HISTOGRAM_BINS = 2048
 """The most bins a histogram uses; it has more than half as many."""
 SHRINKS = tuple(1 - 0.01 * step for step in range(80))
 """Parts of the min-max range tried by "mse": 1.00, 0.99, ... 0.21."""
+AT_ONCE = 2**17  # numbers quantized at once while they are tried
 
 
 class RangeObserver(Protocol):
@@ -63,7 +64,7 @@ def weight_range(
     """
     shape = (-1, *[1] * (weight.dim() - 1))
     rows = weight.detach().flatten(1)
-    if kind == "percentile":
+    if kind == "percentile" and percentile < 100:
         ordered = rows.sort(dim=1).values
         lo, hi = _rank(ordered, 1 - percentile / 100), _rank(ordered, percentile / 100)
     else:
@@ -199,14 +200,13 @@ class Histogram:
 
 def _best_shrink(rows: Tensor, weights: Tensor, lo: Tensor, hi: Tensor, bits: int, symmetric: bool) -> Tensor:
     """For each row (R, K) the part of [lo, hi] (R,) in `SHRINKS` with the least weighted squared error: (R,)."""
-    best, least = torch.ones_like(lo), torch.full_like(lo, torch.inf)
-    for shrink in SHRINKS:
-        scale, zero_point = affine_parameters(lo * shrink, hi * shrink, bits, symmetric)
-        error = fake_quantize(rows, scale[:, None], zero_point[:, None], *grid(bits, symmetric)) - rows
-        squared = (error.square_() * weights).sum(1)
-        best = torch.where(squared < least, torch.full_like(best, shrink), best)
-        least = torch.minimum(squared, least)
-    return best
+    shrinks, squared = torch.tensor(SHRINKS, device=lo.device), []
+    for some in shrinks[:, None].split(max(AT_ONCE // rows.numel(), 1)):
+        scale, zero_point = affine_parameters(lo * some, hi * some, bits, symmetric)
+        bounds = grid(bits, symmetric)
+        error = fake_quantize(rows.expand(len(some), -1, -1), scale[..., None], zero_point[..., None], *bounds) - rows
+        squared.append((error.square_() * weights).sum(2))
+    return shrinks[torch.cat(squared).argmin(0)]
 
 
 def _rank(ordered: Tensor, part: float) -> Tensor:

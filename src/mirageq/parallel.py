@@ -1,4 +1,4 @@
-"""Cells of a comparison side by side, each in a process of its own: one alone keeps no GPU busy, nor many cores."""
+"""Cells of a comparison in parallel, each in a process of its own: one alone keeps no GPU busy, nor many cores."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Task:
         return f"images of {self.cell.method} seed{self.cell.seed}" if self.only_images else self.cell.label
 
 
-def fill_side_by_side(setting: Setting, jobs: int, console: Console, only: Sequence[str] = ()) -> None:
+def fill_in_parallel(setting: Setting, jobs: int, console: Console, only: Sequence[str] = ()) -> None:
     """As `Comparison.fill`, with up to `jobs` processes at a time, which share the threads; each writes a log.
 
     Images that several cells share are made first, once. What fails does not keep the rest from being computed.
