@@ -13,7 +13,7 @@ test: $(VENV)/test.stamp
 	$(RUN) -m pytest
 
 slow: $(VENV)/test.stamp
-	$(RUN) -m pytest -m slow
+	$(RUN) -m pytest -n 0 -m slow
 
 lint: $(VENV)/dev.stamp
 	$(RUN) -m ruff check .

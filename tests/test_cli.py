@@ -420,7 +420,7 @@ def test_export_writes_a_proved_file_and_says_what_it_is(finished, tmp_path, cap
     assert cli.main(["export", str(finished), "--out", str(out), "--runtimes", "onnxruntime", "--threads", "1"]) == 0
     said = capsys.readouterr().out
     for words in ("bytes of", "the file", "onnxruntime", "same class", "left in float", f"wrote {out}"):
-        assert words in said.replace("\n", " ") or words in said
+        assert "".join(words.split()) in "".join(said.split())  # lines are broken anywhere in a long path
     assert out.stat().st_size > 1000
     assert cli.main(["export", str(finished), "--out", str(out)]) == 2
     assert "exists already" in capsys.readouterr().err

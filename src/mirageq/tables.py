@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table as Grid
 
 from mirageq.export import Delivery
+from mirageq.export.verify import EXACT_PRODUCTS
 from mirageq.protocol import Protocol
 
 Row = dict[str, Any]
@@ -128,9 +129,14 @@ def describe(delivery: Delivery) -> list[str | Grid]:
             f"{proof.float_milliseconds:.2f}",
             f"{proof.speedup:.2f}x",
         )
-    left = [f"left in float: {name}: {reason}" for name, reason in delivery.left_in_float]
+    told = [f"left in float: {name}: {reason}" for name, reason in delivery.left_in_float]
+    if delivery.profile == "ort":
+        told.append(
+            "on a processor without VNNI give ONNX Runtime the session option "
+            f"{'='.join(EXACT_PRODUCTS)}, as here: it cuts off sums of 8-bit products otherwise"
+        )
     structure = f"the profile '{delivery.profile}' is checked for its structure only"
-    return [sizes, "", proofs if delivery.verifications else structure, "", *left, f"wrote {delivery.path}"]
+    return [sizes, "", proofs if delivery.verifications else structure, "", *told, f"wrote {delivery.path}"]
 
 
 def _on_one_device(rows: Sequence[Row]) -> list[Row]:

@@ -50,6 +50,7 @@ def export_student(
     model = _translate(network, teacher)
     if pack_weights:
         _pack(model, packable(network, 4))
+    _give_own_zero_points(model)
     scheme = student.scheme
     facts = {
         "mirageq.bits": scheme.bits,
@@ -121,6 +122,25 @@ def _unsupported(error: BaseException, teacher: Teacher) -> str:
                 )
     first = str(error).strip().splitlines()[0]
     return f"The network cannot be written as ONNX: {first}"
+
+
+def _give_own_zero_points(model: ir.Model) -> None:
+    """No two weights share zero points: ONNX Runtime fails to make codes unsigned where they do (`EXACT_PRODUCTS`)."""
+    import onnx_ir as ir
+
+    taken = set()
+    for node in model.graph:
+        if node.op_type == "DequantizeLinear" and len(node.inputs) > 2:
+            codes, _, shared = node.inputs
+            assert codes is not None
+            assert shared is not None
+            if shared.name in taken and codes.name in model.graph.initializers:
+                assert shared.const_value is not None
+                value = ir.tensor(shared.const_value.numpy())
+                own = ir.Value(name=f"{codes.name}_zero_point", type=ir.TensorType(value.dtype), const_value=value)
+                model.graph.register_initializer(own)
+                node.replace_input_with(2, own)
+            taken.add(shared.name)
 
 
 def _pack(model: ir.Model, names: set[str]) -> None:
