@@ -20,7 +20,7 @@ from mirageq import recipe as recipes
 from mirageq.data import LabelledImages
 from mirageq.errors import UserError
 from mirageq.evaluate import accuracy, intra_class_distance, silhouette
-from mirageq.folders import check_folder, write_text
+from mirageq.folders import check_folder, file_name, write_text
 from mirageq.images import Batch, ImageSource, hash_tensors
 from mirageq.journal import Journal, read_history
 from mirageq.pipeline import teach
@@ -211,7 +211,7 @@ class Comparison:
         return self._images_of(cell.method, wanted.images, cell.seed)
 
     def _images_of(self, method: str, count: int, seed: int) -> Path:
-        return self.work / "images" / f"{method}-{count}-seed{seed}".replace(" ", "_").replace("/", "_")
+        return self.work / "images" / file_name(f"{method}-{count}-seed{seed}")
 
 
 def joined(folders: Sequence[Path]) -> tuple[Protocol, list[Row]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mirageq.errors import UserError
@@ -12,11 +14,27 @@ RECORD = "run.json"
 """The file that makes a folder a run's."""
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that an interruption leaves the old one or the new one, never a part."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write a file first, so that an interruption leaves the old one or the new one, never a part."""
     written = path.with_name(f"{path.name}.new")
-    written.write_text(text)
+    yield written
     os.replace(written, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, wholly or not at all."""
+    with replacing(path) as written:
+        written.write_text(text)
+
+
+def file_name(label: str) -> str:
+    """A label as the name of a file or folder.
+
+    >>> file_name("zeroq, short w4a4 seed0")
+    'zeroq,_short_w4a4_seed0'
+    """
+    return label.replace(" ", "_").replace("/", "_")
 
 
 def check_folder(folder: Path) -> None:

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mirageq.errors import UserError
+from mirageq.folders import replacing
 from mirageq.seeding import stream
 
 
@@ -95,9 +96,8 @@ class SyntheticSet:
 
     def save(self, path: Path) -> None:
         """Write the set, as float16, to a safetensors file; an interruption leaves none, or the one before."""
-        written = path.with_suffix(".new")
-        save_file({"images": self.images.half().contiguous(), "labels": self.labels.contiguous()}, written)
-        os.replace(written, path)
+        with replacing(path) as written:
+            save_file({"images": self.images.half().contiguous(), "labels": self.labels.contiguous()}, written)
 
     @staticmethod
     def load(path: Path, *, seed: int = 0) -> SyntheticSet:

@@ -19,7 +19,7 @@ from rich.console import Console
 from mirageq.compare import Comparison
 from mirageq.data import open_images
 from mirageq.errors import UserError
-from mirageq.folders import write_text
+from mirageq.folders import file_name, write_text
 from mirageq.plan import Cell, Plan
 from mirageq.process import compute_in_float32, keep_freed_memory
 from mirageq.run import NetworkChoice, load_teacher
@@ -106,7 +106,7 @@ def _begin(setting: Setting, task: Task, threads: int) -> BaseProcess:
 
 def _paper(setting: Setting, task: Task, ending: str) -> Path:
     """Where a task writes its log, or its result."""
-    return setting.comparison.work / "tasks" / f"{task.label.replace(' ', '_').replace('/', '_')}.{ending}"
+    return setting.comparison.work / "tasks" / f"{file_name(task.label)}.{ending}"
 
 
 def _work(setting: Setting, task: Task, threads: int) -> None:

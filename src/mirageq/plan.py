@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mirageq import recipe as recipes
 from mirageq.errors import UserError
+from mirageq.folders import file_name
 from mirageq.methods import METHODS
 from mirageq.recipe import Recipe, Table
 
@@ -131,4 +132,4 @@ class Cell:
 
     @property
     def folder(self) -> str:
-        return self.label.replace(" ", "_").replace("/", "_")
+        return file_name(self.label)

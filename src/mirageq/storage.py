@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mirageq.errors import UserError, first_line
+from mirageq.folders import replacing
 from mirageq.images import hash_tensors
 from mirageq.quant import Scheme, Student, convert
 from mirageq.recipe import settings
@@ -35,10 +35,9 @@ def save_student(student: Student, teacher: Teacher, path: Path) -> dict[str, Te
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in student.state_dict().items()}
     scheme = {key: value for key, value in asdict(student.scheme).items() if value is not None}
     header = {"format": FORMAT, "scheme": scheme, "network_sha256": network_hash(teacher)}
-    written = path.with_suffix(".new")
     try:
-        save_file(state, written, {HEADER: json.dumps(header)})
-        os.replace(written, path)
+        with replacing(path) as written:
+            save_file(state, written, {HEADER: json.dumps(header)})
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be written: {error}.") from error
     return state
