@@ -12,27 +12,24 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table as Grid
 from torch import Tensor
 
 from mirageq import recipe, reference
 from mirageq.arguments import parser
-from mirageq.compare import PROTOCOL, Comparison, Row, joined
+from mirageq.compare import PROTOCOL, Comparison
 from mirageq.errors import UserError
 from mirageq.folders import RECORD, check_folder
-from mirageq.images import Batch
 from mirageq.parallel import Setting, fill_in_parallel
 from mirageq.plan import Plan
-from mirageq.protocol import Protocol
 from mirageq.run import IMAGES, NetworkChoice, Run, load_teacher
-from mirageq.tables import describe, page
+from mirageq.show import show_comparisons, show_run, summarise
+from mirageq.tables import describe
 from mirageq.teacher import Teacher
 
 INTERRUPTED = 130
 BEGINNING = ["model", "checkpoint", "image_shape", "mean", "std", "recipe", "method", "set", "bits"]
 BEGINNING += ["count", "images", "seed", "out"]
 """The options that say how a run begins."""
-SHOWN = 1000  # images looked through for the contact sheet
 
 console = Console()
 
@@ -73,7 +70,7 @@ def _quantize(options: argparse.Namespace, only_images: bool = False) -> None:
         highlight=False,
     )
     run.execute(teacher, console)
-    _summary(run)
+    summarise(run, console)
 
 
 def _synthesize(options: argparse.Namespace) -> None:
@@ -208,55 +205,15 @@ def _compare(options: argparse.Namespace) -> None:
         fill_in_parallel(setting, options.jobs, console, options.only)
     else:
         comparison.fill(plan, teacher, data, console, options.only)
-    _show_comparison(comparison.protocol, comparison.rows(), options.out, comparison.features())
+    show_comparisons([comparison])
 
 
 def _show(options: argparse.Namespace) -> None:
     first = options.folder[0]
     if (first / RECORD).exists() or not (first / PROTOCOL).exists():
-        _show_run(first)
+        show_run(Run.open(first), console)
     else:
-        protocol, rows = joined(options.folder)
-        features = Comparison.open(first).features() if len(options.folder) == 1 else {}
-        _show_comparison(protocol, rows, first, features)
-
-
-def _show_comparison(protocol: Protocol, rows: list[Row], folder: Path, features: dict[str, Batch]) -> None:
-    from mirageq.report import write_comparison
-
-    print(page(protocol, rows))
-    print(f"wrote {', '.join(map(str, write_comparison(protocol, rows, folder, features)))}")
-
-
-def _show_run(folder: Path) -> None:
-    from mirageq.report import contact_sheet, loss_curves
-
-    run = Run.open(folder)
-    _summary(run)
-    network = run.choice.load()
-    sheet, curves = run.folder / "images.png", run.folder / "curves.png"
-    contact_sheet(run.images().sample(SHOWN), sheet, mean=network.mean, std=network.std)
-    loss_curves(run.folder, curves)
-    print(f"wrote {sheet}\nwrote {curves}")
-
-
-def _summary(run: Run) -> None:
-    record = run.record
-    grid = Grid(box=None, show_header=False, pad_edge=False)
-    grid.add_row("network", record["network"]["name"])
-    grid.add_row(
-        "recipe", f"{record['recipe']['method']['name']} {run.recipe.scheme.bits} {run.recipe.scheme.placement}"
-    )
-    if run.finished:
-        if student := record.get("student"):
-            grid.add_row(
-                "size", f"{student['total_bytes'] / 1e6:.2f} MB, full precision {student['fp32_bytes'] / 1e6:.2f} MB"
-            )
-        grid.add_row("time", ", ".join(f"{name} {value:.0f} s" for name, value in record["seconds"].items()))
-        grid.add_row("memory", f"{record['peak_memory_bytes'] / 2**30:.2f} GiB at most")
-    grid.add_row("status", record["status"])
-    grid.add_row("folder", str(run.folder))
-    console.print(grid, highlight=False)
+        show_comparisons([Comparison.open(folder) for folder in options.folder])
 
 
 def _recipe_table(options: argparse.Namespace) -> recipe.Table:

@@ -22,7 +22,7 @@ from mirageq.errors import UserError
 from mirageq.evaluate import accuracy, intra_class_distance, silhouette
 from mirageq.folders import check_folder, file_name, write_text
 from mirageq.images import Batch, ImageSource, hash_tensors
-from mirageq.journal import Journal, read_history
+from mirageq.journal import Journal, read_lines
 from mirageq.pipeline import teach
 from mirageq.plan import Cell, Plan
 from mirageq.protocol import Protocol, first_difference
@@ -91,8 +91,8 @@ class Comparison:
             UserError: another line is damaged.
         """
         path = self.folder / CELLS
-        rows = read_history(path)
-        if path.exists() and len(path.read_text().splitlines()) > len(rows) + 1:
+        rows, left_out = read_lines(path)
+        if left_out > 1:
             raise UserError(f"{path} is damaged in line {len(rows) + 1}; mend that line or take it out.")
         return rows
 
@@ -214,18 +214,17 @@ class Comparison:
         return self.work / "images" / file_name(f"{method}-{count}-seed{seed}")
 
 
-def joined(folders: Sequence[Path]) -> tuple[Protocol, list[Row]]:
-    """The rows of several comparisons that were made under one protocol.
+def joined(comparisons: Sequence[Comparison]) -> list[Row]:
+    """The rows of several comparisons; of two with one label the last.
 
     Raises:
-        UserError: a folder holds no comparison, or two of them differ in their protocol.
+        UserError: two of them were not made under one protocol.
     """
-    comparisons = [Comparison.open(folder) for folder in folders]
     first = comparisons[0]
     for other in comparisons[1:]:
         first.protocol.require_same(other.protocol, first.folder, other.folder)
     rows = [row for comparison in comparisons for row in comparison.rows()]
-    return first.protocol, list({row["label"]: row for row in rows}.values())
+    return list({row["label"]: row for row in rows}.values())
 
 
 def _remembered(path: Path, made_by: Table) -> Table:

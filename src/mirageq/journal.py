@@ -171,15 +171,19 @@ class Checkpoint:
 
 def read_history(path: Path) -> list[dict[str, Any]]:
     """The rows of a `history.jsonl`, if there is one; a last line cut short by an interruption is left out."""
+    return read_lines(path)[0]
+
+
+def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The rows of a file of JSON lines, if there is one, up to the first damaged line; and how many lines are left."""
     rows: list[dict[str, Any]] = []
-    if not path.exists():
-        return rows
-    for line in path.read_text().splitlines():
+    lines = path.read_text().splitlines() if path.exists() else []
+    for line in lines:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
             break
-    return rows
+    return rows, len(lines) - len(rows)
 
 
 def _brief(values: dict[str, float]) -> str:
