@@ -1,7 +1,8 @@
-"""What a synthesis step costs, and what two choices save: python benchmarks/synthesis_speed.py [NETWORK]
+"""What a synthesis step costs, and what three choices save: python benchmarks/synthesis_speed.py [NETWORK]
 
 Compares, in turn and as ratios within one run: batch statistics by `moments.channel_statistics` against
-`torch.var_mean`, and the whole step in float32 against bfloat16 autocast. NETWORK: a name in `benchmarks/networks.py`.
+`torch.var_mean`, a generator's convolution by `convolve_doubled` against doubling the image first, and the whole step
+in float32 against bfloat16 autocast. NETWORK: a name in `benchmarks/networks.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
+from mirageq.generator import convolve_doubled
 from mirageq.losses import bn_alignment
 from mirageq.moments import channel_statistics
 from mirageq.run import NetworkChoice, load_teacher
@@ -41,7 +44,14 @@ def main() -> None:
         mean, var = channel_statistics(x)
         (mean.sum() + var.sum()).backward()
 
+    small, convolution = torch.randn(64, 128, 16, 16, requires_grad=True), torch.nn.Conv2d(128, 64, 3, padding=1)
+
     compare("batch statistics, var_mean / channel_statistics", centred, fused)
+    compare(
+        "a generator's convolution, doubled first / convolve_doubled",
+        lambda: convolution(F.interpolate(small, scale_factor=2)).sum().backward(),
+        lambda: convolve_doubled(small, convolution).sum().backward(),
+    )
     compare(
         f"step of {count} images on {name}, float32 / bfloat16",
         lambda: step(torch.float32),

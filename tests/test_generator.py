@@ -4,9 +4,10 @@ from itertools import islice
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mirageq.errors import UserError
-from mirageq.generator import Generator, GeneratorSource, GeneratorTraining
+from mirageq.generator import Generator, GeneratorSource, GeneratorTraining, convolve_doubled
 from mirageq.journal import Journal
 from mirageq.methods import METHODS
 from mirageq.seeding import stream
@@ -30,6 +31,16 @@ def test_images_have_the_networks_shape_and_normalised_channels(conditioning, sh
     assert images.shape == (6, *shape)
     assert images.mean((0, 2, 3)) == pytest.approx(torch.zeros(shape[0]), abs=1e-4)
     assert images.var((0, 2, 3), correction=0) == pytest.approx(torch.ones(shape[0]), abs=1e-2)
+
+
+def test_convolving_the_doubled_image_is_doubling_and_convolving():
+    convolution = torch.nn.Conv2d(5, 4, 3, padding=1)
+    x = torch.randn(2, 5, 7, 6, requires_grad=True)
+    meant, got = convolution(F.interpolate(x, scale_factor=2)), convolve_doubled(x, convolution)
+    assert torch.allclose(got, meant, atol=1e-5)
+    of, pull = (x, *convolution.parameters()), torch.randn_like(meant)
+    for one, other in zip(torch.autograd.grad(got, of, pull), torch.autograd.grad(meant, of, pull), strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
 
 
 @pytest.mark.parametrize("conditioning", ["embedding", "norm"])

@@ -130,12 +130,23 @@ class Generator(nn.Module):
             )
         if self.embedding is not None:
             noise, labels = noise * self.embedding(labels), torch.zeros_like(labels)
-        x = self.norms[0](self.project(noise).unflatten(1, self.start), labels)
-        x = F.interpolate(x, size=tuple(-(-side // 2) for side in self.size))
-        x = F.leaky_relu(self.norms[1](self.conv1(x), labels), LEAK)
-        x = F.interpolate(x, size=self.size)
-        x = F.leaky_relu(self.norms[2](self.conv2(x), labels), LEAK)
+        height, width = self.size
+        x = self.project(noise).unflatten(1, self.start).contiguous(memory_format=torch.channels_last)
+        x = self.norms[0](x, labels)
+        x = convolve_doubled(x, self.conv1)[:, :, : -(-height // 2), : -(-width // 2)]
+        x = F.leaky_relu(self.norms[1](x, labels), LEAK, inplace=True)
+        x = convolve_doubled(x, self.conv2)[:, :, :height, :width]
+        x = F.leaky_relu(self.norms[2](x, labels), LEAK, inplace=True)
         return F.batch_norm(self.conv3(x).tanh().float(), None, None, training=True)
+
+
+def convolve_doubled(x: Tensor, convolution: nn.Conv2d) -> Tensor:
+    """What a 3x3 convolution with a border of 1 makes of `x` (N, C, H, W) at twice the size, each pixel shown as 2x2.
+
+    Taps that read one pixel are added first: a transposed convolution by a 4x4 kernel, in 4/9 of the multiplications.
+    """
+    kernel = F.avg_pool2d(convolution.weight, 2, stride=1, padding=1, divisor_override=1).flip(2, 3).transpose(0, 1)
+    return F.conv_transpose2d(x, kernel, convolution.bias, stride=2, padding=1)
 
 
 class _ClassNorm(nn.Module):
@@ -147,6 +158,8 @@ class _ClassNorm(nn.Module):
         self.scale, self.shift = nn.Parameter(torch.ones(classes, size)), nn.Parameter(torch.zeros(classes, size))
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        if len(self.scale) == 1:
+            return F.batch_norm(x, None, None, self.scale[0], self.shift[0], training=True, eps=self.eps)
         normal = F.batch_norm(x, None, None, training=True, eps=self.eps)
         scale, shift = (table[labels][:, :, None, None] for table in (self.scale, self.shift))
         return torch.addcmul(shift.to(x.dtype), normal, scale.to(x.dtype))

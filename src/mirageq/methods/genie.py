@@ -63,7 +63,6 @@ class Genie(Descent):
         for part in canvas.parts():
             size = part.stop - part.start
             network = Generator.drawn(1, canvas.image_shape, shape, part.stream("generator")).to(teacher.device)
-            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             latents = torch.randn(size, self.latent, generator=part.stream("latents")).to(teacher.device)
             labels = torch.zeros(size, dtype=torch.long, device=teacher.device)
             learning = [
