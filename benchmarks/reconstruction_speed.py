@@ -23,7 +23,7 @@ def main() -> None:
     torch.set_num_threads(1)
     quantizer = ActivationQuantizer("x", 4, False)
     quantizer.set_range(torch.tensor(0.0), torch.tensor(6.0))
-    activation = soft.DroppingActivation(quantizer, 0.5, torch.Generator().manual_seed(0))
+    activation = soft.DroppingActivation(quantizer, soft.Dropping(0.5, torch.Generator().manual_seed(0)))
     piece = soft.PIECE
 
     def update(x: torch.Tensor, pull: torch.Tensor, size: int) -> None:

@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule
 
@@ -38,7 +37,7 @@ from mirageq.seeding import stream
 from mirageq.teacher import Teacher
 from mirageq.tuning.cache import CHUNK, Cache
 from mirageq.tuning.contract import Tuner, require_fixed_grids
-from mirageq.tuning.soft import DroppingActivation, SoftWeight, dropping
+from mirageq.tuning.soft import Dropping, DroppingActivation, SoftWeight
 
 Side = tuple[GraphModule, Block, Cache]
 """A network, one of its blocks, and what the block reads."""
@@ -66,8 +65,7 @@ class Reconstruct:
         weight_scale_lr: the same for the weights' steps, channel by channel (GENIE-M); 0 leaves them.
         bias_lr: Adam's rate of the biases, and of the scales and shifts of BatchNorms that are not folded, as it is; 0
             leaves them.
-        drop: probability, in steps of 1/256, that a number is left in full precision while its block learns (QDrop); 0
-            never.
+        drop: probability that a number is left in full precision while its block learns (QDrop); 0 never.
         rounding_weight: of the term that makes roundings decide; it starts after a fifth of the steps.
         layers_per_block: neighbouring blocks with fewer layers are joined.
         most_layers: a block with more layers is taken layer by layer, and the journal says so.
@@ -191,7 +189,8 @@ class Reconstruct:
         run = between(network, block.start, block.end)
         before = _error(run, quantized, target)
         generator = stream(seed, "reconstruct", block.name)
-        weights, activations = self._soften(network, run, generator)
+        dropping = Dropping(self.drop, generator)
+        weights, activations = self._soften(network, run, dropping)
         groups: list[dict[str, Any]] = [{"params": [part.up for part in weights.values()]}]
         groups += [
             {"params": [part.factor for part in parts.values()], "rate": rate}
@@ -202,12 +201,12 @@ class Reconstruct:
             biases = [value for value in run.parameters() if value.dim() == 1]
             groups.append({"params": biases, "rate": self.bias_lr})
         device = next(network.parameters()).device
-        optimizer = torch.optim.Adam(groups, lr=self.lr, fused=device.type == "cuda")
+        optimizer = torch.optim.Adam(groups, lr=self.lr, fused=True)
         for step in range(self.steps):
             chosen = torch.randint(len(quantized), (self.batch_size,), generator=generator)
-            x = dropping(quantized.take(chosen), full.take(chosen), self.drop, generator).to(device)
+            x = dropping(quantized.take(chosen).to(device), full.take(chosen).to(device))
             wanted = target.take(chosen).to(device)
-            loss = F.mse_loss(run(x), wanted, reduction="sum") / (self.batch_size * _sites(target))
+            loss = (run(x) - wanted).square().sum() / (self.batch_size * _sites(target))  # mse_loss loses the layout
             decided = step / self.steps
             if decided >= 0.2:
                 sharpness = cosine(20.0, 2.0, (decided - 0.2) / 0.8)
@@ -229,7 +228,7 @@ class Reconstruct:
             soft.settle(network.get_submodule(node.target))
         return before, _error(between(network, block.start, block.end), quantized, target)
 
-    def _soften(self, network: GraphModule, run: GraphModule, generator: torch.Generator):
+    def _soften(self, network: GraphModule, run: GraphModule, dropping: Dropping):
         """Put learning quantizers in the place of those that a block calls."""
         weights, activations = {}, {}
         for node in run.graph.find_nodes(op="call_module"):
@@ -238,7 +237,7 @@ class Reconstruct:
                 weight = network.get_parameter(node.args[0].target)
                 weights[node] = SoftWeight(part, weight, bool(self.weight_scale_lr))
             elif isinstance(part, ActivationQuantizer):
-                activations[node] = DroppingActivation(part, self.drop, generator)
+                activations[node] = DroppingActivation(part, dropping)
         for node, soft in {**weights, **activations}.items():
             run.set_submodule(node.target, soft)
         return weights, activations

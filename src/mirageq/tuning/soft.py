@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -49,12 +49,13 @@ class SoftWeight(_LearnedScale):
 
     def forward(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         scale = self.scale
-        result: Tensor = _SoftRounding.apply(self.up, scale, self.base, self.low, self.high)
+        self._share: Tensor = _Share.apply(self.up)
+        result: Tensor = _SoftRounding.apply(self._share, scale, self.base, self.low, self.high)
         return result, scale.detach()
 
     def indecision(self, sharpness: float) -> Tensor:
-        """Sum of 1 - |2h - 1|^sharpness, with sharpness > 1: zero once each code has made up its mind."""
-        result: Tensor = _Indecision.apply(self.up, sharpness)
+        """Sum of 1 - |2h - 1|^sharpness, sharpness > 1, of the last pass: zero once each code has made up its mind."""
+        result: Tensor = _Indecision.apply(self._share, sharpness)
         return result
 
     @torch.no_grad()
@@ -65,54 +66,75 @@ class SoftWeight(_LearnedScale):
         weight.copy_(codes * quantizer.scale)  # type: ignore[operator]
 
 
-class _SoftRounding(torch.autograd.Function):
-    """clamp(base + h(up), low, high) * scale, piece by piece and without booleans: faster than plain autograd."""
+class _Share(torch.autograd.Function):
+    """h, how far each code is on its way from the lower to the upper one; piece by piece, as all below."""
 
     @staticmethod
-    def forward(ctx: Any, up: Tensor, scale: Tensor, base: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        ctx.save_for_backward(up, scale, base, low, high)
-        result = torch.empty_like(up)
-        for rows, step, whole, least, most, out in _rows(up, scale, base, low, high, result):
-            torch.mul(_on_grid(_share(rows).add_(whole), least, most), step, out=out)
+    def forward(ctx: Any, up: Tensor) -> Tensor:
+        share, slope = torch.empty_like(up), torch.empty_like(up)
+        width = STRETCH[1] - STRETCH[0]
+        for rows, out, out_slope in _rows(up, share, slope):
+            sigmoid = torch.sigmoid(rows)
+            stretched = torch.mul(sigmoid, width, out=out_slope).add_(STRETCH[0])
+            torch.clamp(stretched, 0, 1, out=out)
+            inside = torch.eq(stretched, out, out=out_slope)
+            inside.mul_(torch.addcmul(sigmoid, sigmoid, sigmoid, value=-1).mul_(width))
+        ctx.save_for_backward(slope)
+        return share
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (slope,) = ctx.saved_tensors
+        return gradient * slope
+
+
+class _SoftRounding(torch.autograd.Function):
+    """clamp(base + h, low, high) * scale, without booleans: faster than plain autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, share: Tensor, scale: Tensor, base: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        ctx.save_for_backward(share, scale, base, low, high)
+        result = torch.empty_like(share)
+        for rows, step, whole, least, most, out in _rows(share, scale, base, low, high, result):
+            torch.mul(_on_grid(rows + whole, least, most), step, out=out)
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        up, scale, base, low, high = ctx.saved_tensors
-        to_up, to_scale = torch.empty_like(up), torch.empty_like(scale)
-        tensors = (up, scale, base, low, high, gradient, to_up, to_scale)
+        share, scale, base, low, high = ctx.saved_tensors
+        to_share, to_scale = torch.empty_like(share), torch.empty_like(scale)
+        tensors = (share, scale, base, low, high, gradient, to_share, to_scale)
         for rows, step, whole, least, most, given, out, out_scale in _rows(*tensors):
-            share, slope = _share_and_slope(rows)
-            codes = share.add_(whole)
+            codes = rows + whole
             clipped = _on_grid(codes, least, most)
-            out_scale.copy_((given * clipped).flatten(1).sum(1).view_as(out_scale))
+            out_scale.copy_(torch.mul(given, clipped, out=out).flatten(1).sum(1).view_as(out_scale))
             inside = torch.eq(codes, clipped, out=clipped)
-            torch.mul(given, step, out=out).mul_(slope).mul_(inside)
-        return to_up, to_scale, None, None, None
+            torch.mul(given, step, out=out).mul_(inside)
+        return to_share, to_scale, None, None, None
 
 
 class _Indecision(torch.autograd.Function):
-    """sum(1 - |2 h(up) - 1|^sharpness), with its gradient at once, for one power instead of two."""
+    """sum(1 - |2h - 1|^sharpness), with its gradient at once, for one power instead of two."""
 
     @staticmethod
-    def forward(ctx: Any, up: Tensor, sharpness: float) -> Tensor:
-        total, to_up = up.new_zeros(()), torch.empty_like(up)
-        for rows, out in _rows(up, to_up):
-            share, slope = _share_and_slope(rows)
-            side = share.mul_(2).sub_(1)
+    def forward(ctx: Any, share: Tensor, sharpness: float) -> Tensor:
+        total, to_share = share.new_zeros(()), torch.empty_like(share)
+        for rows, out in _rows(share, to_share):
+            side = torch.mul(rows, 2).sub_(1)
             sure = side.abs()
-            power = sure.pow(sharpness - 1)
-            total += power.numel() - (power * sure).sum()
-            torch.mul(power, side.sign_(), out=out).mul_(slope).mul_(-2 * sharpness)
-        ctx.save_for_backward(to_up)
+            power = sure.log().mul_(sharpness - 1).exp_()  # half the time of `pow`
+            total += power.numel() - sure.mul_(power).sum()
+            torch.mul(power, side.sign_(), out=out).mul_(-2 * sharpness)
+        ctx.save_for_backward(to_share)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (to_up,) = ctx.saved_tensors
-        return to_up * gradient, None
+        (to_share,) = ctx.saved_tensors
+        return to_share * gradient, None
 
 
 def _on_grid(codes: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -121,38 +143,50 @@ def _on_grid(codes: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return torch.minimum(clipped, high, out=clipped)
 
 
-def _share(up: Tensor) -> Tensor:
-    """h, how far each code is on its way from the lower to the upper one."""
-    return torch.sigmoid(up).mul_(STRETCH[1] - STRETCH[0]).add_(STRETCH[0]).clamp_(0, 1)
+class Dropping:
+    """Which numbers stay in full precision (QDrop; Wei et al., ICLR 2022): each with a probability, anew at each call.
 
+    What is dropped is a window, begun at random, of twice as many random numbers as there are places, which are drawn
+    once. To draw each anew takes a quarter of the quantizer's time, and more where they have to go to a GPU.
+    """
 
-def _share_and_slope(up: Tensor) -> tuple[Tensor, Tensor]:
-    """h and its slope, 0 where h is at an end."""
-    width = STRETCH[1] - STRETCH[0]
-    sigmoid = torch.sigmoid(up)
-    stretched = sigmoid * width + STRETCH[0]
-    share = stretched.clamp(0, 1)
-    inside = torch.eq(share, stretched, out=stretched)
-    return share, torch.addcmul(sigmoid, sigmoid, sigmoid, value=-1).mul_(width).mul_(inside)
+    def __init__(self, probability: float, generator: torch.Generator) -> None:
+        self.probability, self.generator = probability, generator
+        self._drawn = torch.empty(0)
+
+    def mask(self, like: Tensor) -> Tensor:
+        """(numbers of `like`,): 1 for those that stay, else 0."""
+        count = like.numel()
+        if len(self._drawn) < 2 * count:
+            kept = torch.rand(2 * count, generator=self.generator) < self.probability
+            self._drawn = kept.to(like.device, torch.float32)
+        start = int(torch.randint(len(self._drawn) - count + 1, (), generator=self.generator))
+        return self._drawn[start : start + count]
+
+    def __call__(self, quantized: Tensor, full: Tensor) -> Tensor:
+        """`quantized`, but what stays is that of `full`; any one shape, no gradient."""
+        full = _dense(full)
+        return torch.lerp(_flat(_laid_out(quantized, full)), _flat(full), self.mask(full)).as_strided_(
+            full.shape, full.stride()
+        )
 
 
 class DroppingActivation(_LearnedScale):
     """An activation whose step learns (LSQ) and whose quantization is left out at random (QDrop).
 
-    Wei et al., ICLR 2022. Each number stays in full precision with probability `drop`, which flattens the loss around
-    the quantized point. Numbers and gradients are those of `dropping(learned_fake_quantize(x, ...), x, ...)`.
+    What stays in full precision flattens the loss around the quantized point. Numbers and gradients are those of
+    `dropping(learned_fake_quantize(x, ...), x)`.
     """
 
-    def __init__(self, quantizer: ActivationQuantizer, drop: float, generator: torch.Generator) -> None:
+    def __init__(self, quantizer: ActivationQuantizer, dropping: Dropping) -> None:
         super().__init__(quantizer.scale.detach().clone())  # type: ignore[operator]
         zero_point = float(quantizer.zero_point)  # type: ignore[arg-type]
         self.low, self.high = (bound - zero_point for bound in grid(quantizer.bits, quantizer.symmetric))
-        self.drop, self.generator = drop, generator
+        self.dropping = dropping
 
     def forward(self, x: Tensor) -> Tensor:
         x = _dense(x)
-        dropped = _chosen(x, self.drop, self.generator)
-        result: Tensor = _QuantizeAndDrop.apply(x, self.scale, self.low, self.high, dropped)
+        result: Tensor = _QuantizeAndDrop.apply(x, self.scale, self.low, self.high, self.dropping.mask(x))
         return result
 
     @torch.no_grad()
@@ -161,68 +195,45 @@ class DroppingActivation(_LearnedScale):
 
 
 class _QuantizeAndDrop(torch.autograd.Function):
-    """Learned fake quantization (LSQ) and dropping, piece by piece: what fits a core's cache takes half the time."""
+    """Learned fake quantization (LSQ) and dropping, piece by piece: what fits a core's cache takes half the time.
+
+    A number passes the gradient on if it stays or is not clipped. Twice `x` at twice the scale give twice the result,
+    so the scale times its gradient is what remains of gradient * result without x times its own gradient (Euler).
+    Floats throughout: what compares into bytes or computes with booleans takes five to thirty times as long on a CPU.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, low: float, high: float, dropped: Tensor) -> Tensor:
-        ctx.save_for_backward(x, scale, dropped)
-        ctx.limits = low, high
-        result = torch.empty_like(x)
-        for source, leave, out in _pieces(x, dropped, result):
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: float, high: float, stays: Tensor) -> Tensor:
+        result, passes = torch.empty_like(x), torch.empty_like(stays)
+        for source, leave, out, through in _pieces(x, stays, result, passes):
             torch.div(source, scale, out=out)
-            out.round_().clamp_(low, high).mul_(scale)
-            out.lerp_(source, leave.to(x.dtype))  # `where` is thirty times slower on a CPU
+            codes = out.round_().clamp(low, high)
+            torch.maximum(torch.eq(codes, out, out=through), leave, out=through)
+            torch.lerp(codes.mul_(scale), source, leave, out=out)
+        ctx.save_for_backward(x, scale, passes, result)
+        ctx.levels = high - low
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, dropped = ctx.saved_tensors
-        low, high = ctx.limits
-        to_x = torch.empty_like(x)
-        gradient = _laid_out(gradient, x)
-        to_scale = torch.zeros_like(scale)
-        for source, leave, given, out in _pieces(x, dropped, gradient, to_x):
-            steps = source / scale
-            codes = steps.round()
-            slope = codes.clamp(low, high)
-            inside = torch.eq(codes, slope, out=codes)
-            slope.addcmul_(steps, inside, value=-1)
-            torch.mul(given, leave, out=out)  # past the quantizer
-            through = given - out
-            to_scale += torch.dot(through, slope)
-            out.addcmul_(through, inside)
-        return to_x, to_scale / (x.numel() * (high - low)) ** 0.5, None, None, None
-
-
-def dropping(quantized: Tensor, full: Tensor, drop: float, generator: torch.Generator) -> Tensor:
-    """Each number of `quantized` replaced by that of `full` with probability `drop`; any one shape, no gradient."""
-    if not drop:
-        return quantized
-    full = _dense(full)
-    quantized, result = _laid_out(quantized, full), torch.empty_like(full)
-    for one, other, leave, out in _pieces(quantized, full, _chosen(full, drop, generator), result):
-        torch.lerp(one, other, leave.to(full.dtype), out=out)
-    return result
-
-
-def _chosen(like: Tensor, probability: float, generator: torch.Generator) -> Tensor:
-    """1 with a probability (in steps of 1/256), else 0: a byte for each number of `like` in the order of memory.
-
-    Eight bytes at a draw: a quarter of the time of `uniform_`. Drawn on the CPU, for the same numbers on every device.
-    Bytes, for what compares into booleans and computes with them takes up to fifteen times as long on a CPU.
-    """
-    drawn = torch.empty(-(-like.numel() // 8), dtype=torch.int64)
-    if probability:
-        drawn.random_(-(2**63), None, generator=generator)
-    chosen = drawn.view(torch.uint8)[: like.numel()]
-    return torch.lt(chosen, min(round(256 * probability), 255), out=chosen).to(like.device)
+        x, scale, passes, result = ctx.saved_tensors
+        to_x, to_scale = torch.empty_like(x), torch.zeros_like(scale)
+        for source, through, value, given, out in _pieces(x, passes, result, _laid_out(gradient, x), to_x):
+            torch.mul(given, through, out=out)
+            to_scale += torch.dot(given, torch.addcmul(value, source, through, value=-1))
+        return to_x, to_scale / scale / (x.numel() * ctx.levels) ** 0.5, None, None, None
 
 
 def _dense(x: Tensor) -> Tensor:
     """`x` without gaps in memory, channels last or not."""
     dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
     return x if dense else x.contiguous()
+
+
+def _flat(x: Tensor) -> Tensor:
+    """The numbers of a dense tensor in the order of memory."""
+    return x.as_strided((x.numel(),), (1,))
 
 
 def _laid_out(x: Tensor, like: Tensor) -> Tensor:
@@ -233,12 +244,16 @@ def _laid_out(x: Tensor, like: Tensor) -> Tensor:
 def _rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Tensors (O, ...) side by side, so many rows at a time as fit a core's cache."""
     first = tensors[0]
-    fits = max(PIECE * len(first) // first.numel(), 1) if first.device.type == "cpu" else len(first)
-    return zip(*(tensor.split(fits) for tensor in tensors), strict=True)
+    return _side_by_side(tensors, max(PIECE * len(first) // first.numel(), 1))
 
 
 def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Dense tensors of one layout side by side in the order of memory, in pieces that fit a core's cache."""
-    flat = [tensor.as_strided((tensor.numel(),), (1,)) for tensor in tensors]
-    piece = PIECE if tensors[0].device.type == "cpu" else len(flat[0])
-    return zip(*(tensor.split(piece) for tensor in flat), strict=True)
+    return _side_by_side([_flat(tensor) for tensor in tensors], PIECE)
+
+
+def _side_by_side(tensors: Sequence[Tensor], fits: int) -> Iterator[tuple[Tensor, ...]]:
+    """Up to `fits` of the first dimension at a time; all at once if they are not more, or not on a CPU."""
+    if len(tensors[0]) <= fits or tensors[0].device.type != "cpu":
+        return iter([tuple(tensors)])
+    return zip(*(tensor.split(fits) for tensor in tensors), strict=True)
