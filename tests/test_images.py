@@ -48,7 +48,10 @@ def test_a_finished_file_counts_as_fully_painted(tmp_path):
     growing = GrowingSet(2, SHAPE, path)
     growing.write(0, images(2), torch.zeros(2, dtype=torch.int64))
     growing.finish(seed=0)
-    assert GrowingSet(2, SHAPE, path).finished == 2
+    readers = [GrowingSet(2, SHAPE, path) for _ in range(2)]  # as cells of a comparison that are computed at a time
+    assert [reader.finished for reader in readers] == [2, 2]
+    for reader in readers:
+        assert torch.equal(reader.finish(seed=0).sample(2).images, images(2).half().float())
 
 
 def test_memory_and_file_give_the_same_bits(tmp_path):

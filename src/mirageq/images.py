@@ -8,7 +8,7 @@ import os
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -128,13 +128,12 @@ class GrowingSet:
         shape = (count, *image_shape)
         if path is None or self._partial is None:
             self.images, self.labels = np.zeros(shape, np.float16), np.full(count, -1, np.int64)
+        elif path.exists():  # finished already: it is only read, perhaps by several processes at once
+            self.images, self.labels = _map(path, _layout(shape), "r")
         else:
-            layout = _layout(shape)
-            if path.exists():  # finished already: every part of it will be read
-                os.replace(path, self._partial)
-            elif not self._partial.exists():
-                _create(self._partial, layout)
-            self.images, self.labels = _map(self._partial, layout)
+            if not self._partial.exists():
+                _create(self._partial, _layout(shape))
+            self.images, self.labels = _map(self._partial, _layout(shape), "r+")
 
     @property
     def finished(self) -> int:
@@ -159,7 +158,8 @@ class GrowingSet:
         if self._path is None or self._partial is None:
             return SyntheticSet(torch.from_numpy(self.images), torch.from_numpy(self.labels), seed=seed)
         del self.images, self.labels
-        os.replace(self._partial, self._path)
+        if not self._path.exists():
+            os.replace(self._partial, self._path)
         return SyntheticSet.load(self._path, seed=seed)
 
     def _flush(self) -> None:
@@ -200,7 +200,7 @@ def _create(path: Path, layout: bytes) -> None:
         file.truncate(len(layout) + end)
 
 
-def _map(path: Path, layout: bytes) -> tuple[np.ndarray, np.ndarray]:
+def _map(path: Path, layout: bytes, mode: Literal["r", "r+"]) -> tuple[np.ndarray, np.ndarray]:
     with path.open("rb") as file:
         if file.read(len(layout)) != layout:
             raise UserError(
@@ -208,5 +208,5 @@ def _map(path: Path, layout: bytes) -> tuple[np.ndarray, np.ndarray]:
             )
     header = json.loads(layout[8:])
     shape = tuple(header["images"]["shape"])
-    labels = np.memmap(path, "<i8", "r+", len(layout), shape[:1])
-    return np.memmap(path, "<f2", "r+", len(layout) + header["images"]["data_offsets"][0], shape), labels
+    labels = np.memmap(path, "<i8", mode, len(layout), shape[:1])
+    return np.memmap(path, "<f2", mode, len(layout) + header["images"]["data_offsets"][0], shape), labels
