@@ -55,3 +55,26 @@ assert not torch.backends.cuda.matmul.allow_tf32
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+PARENT = """
+import multiprocessing, time
+from mirageq.process import end_with_parent
+
+def child():
+    end_with_parent()
+    print("begun", flush=True)
+    time.sleep(100)
+
+if __name__ == "__main__":
+    multiprocessing.get_context("spawn").Process(target=child).start()
+"""
+
+
+def test_a_process_ends_with_the_one_that_began_it(tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout.readline() == "begun\n"
+        parent.kill()
+        parent.communicate(timeout=60)  # ends once nobody can write any more, the child neither

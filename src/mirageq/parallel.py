@@ -21,7 +21,7 @@ from mirageq.data import open_images
 from mirageq.errors import UserError
 from mirageq.folders import file_name, write_text
 from mirageq.plan import Cell, Plan
-from mirageq.process import compute_in_float32, keep_freed_memory
+from mirageq.process import compute_in_float32, end_with_parent, keep_freed_memory
 from mirageq.run import NetworkChoice, load_teacher
 
 
@@ -111,6 +111,7 @@ def _paper(setting: Setting, task: Task, ending: str) -> Path:
 
 def _work(setting: Setting, task: Task, threads: int) -> None:
     """A process: do the task and write down what came of it, `{"row": ...}`, `{"error": ...}`, or nothing."""
+    end_with_parent()
     keep_freed_memory()
     compute_in_float32()
     torch.set_num_threads(threads)
