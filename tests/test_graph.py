@@ -45,6 +45,46 @@ def InPlaceEval(model):
     return copy.eval()
 
 
+class Padded(nn.Module):
+    """Zeros around what convolutions read, and paddings that a convolution cannot do."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3, bias=False), nn.Conv2d(4, 4, 3, stride=2, padding=1)
+        self.fc = nn.Linear(4, 5)
+
+    def forward(self, x):
+        x = self.second(nn.functional.pad(self.first(nn.functional.pad(x, (1, 1, 2, 2))), (0, 0, 1, 1)))
+        for sides, settings in (
+            ((0, 1, 0, 1), {}),
+            ((-1, -1, 2, 2), {}),
+            ((1, 1, 1, 1), {"mode": "reflect"}),
+            ((1, 1, 1, 1), {"value": 0.5}),
+            ((1, 1, 1, 1, 0, 0), {}),
+        ):
+            x = self.second(nn.functional.pad(x, sides, **settings))
+        return self.fc(x.mean((2, 3)))
+
+
+def test_convolutions_do_the_padding_with_zeros_that_they_can():
+    model, images = Padded().eval(), torch.randn(3, 3, 128, 128)
+    captured = graph.capture(model, (3, 128, 128))
+    assert torch.allclose(captured(images), model(images), atol=1e-6)
+    layers = graph.weighted(captured.graph)
+    assert [layer.args[4] for layer in layers[:2]] == [[2, 1], [2, 1]]
+    assert [graph.pads_with_zeros(layer.args[0]) for layer in layers] == [
+        False,
+        False,
+        True,
+        True,
+        False,
+        False,
+        True,
+        False,
+    ]
+    assert len([node for node in captured.graph.nodes if "pad" in str(node.target)]) == 5
+
+
 def test_layers_keep_their_names():
     captured = graph.capture(TinyResNet(), SHAPE)
     assert [graph.layer_name(node) for node in graph.batch_norms(captured.graph)] == ["bn1", "bn2", "bn3"]

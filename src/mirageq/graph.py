@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,8 @@ def capture(model: nn.Module | ExportedProgram, image_shape: tuple[int, int, int
 
     Returns:
         A graph module with one input and one output. It contains no in-place operation, no dropout, and each
-        batch normalisation is one `aten.batch_norm`. Parameters keep the names they have in `model`.
+        batch normalisation is one `aten.batch_norm`. Convolutions do the padding with zeros that comes before them,
+        where they can. Parameters keep the names they have in `model`.
 
     Raises:
         UserError: the model cannot be exported, does not accept the shape, or does not return one tensor.
@@ -77,6 +79,8 @@ def capture(model: nn.Module | ExportedProgram, image_shape: tuple[int, int, int
             node.target = aten.reshape.default  # a view fails on images in another memory format
         elif node.target is aten.clone.default or node.target is aten.dropout.default:
             node.replace_all_uses_with(node.args[0])
+    for node in graph.find_nodes(op="call_function", target=aten.conv2d.default):
+        _pad_inside(node)
     graph.eliminate_dead_code()
     for name in ("_guards_fn", "_in_spec", "_out_spec"):
         if hasattr(module, name):
@@ -138,6 +142,18 @@ def weighted(graph: torch.fx.Graph) -> list[Node]:
 def is_stored(value: object) -> bool:
     """Whether a graph value is a parameter or buffer of the module."""
     return isinstance(value, Node) and value.op == "get_attr"
+
+
+def argument(node: Node, position: int, name: str, default: Any) -> Any:
+    """What a node gives its operation for an argument, by position or by name."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def pads_with_zeros(node: Node) -> bool:
+    if node.target is aten.constant_pad_nd.default:
+        return not argument(node, 2, "value", 0)
+    is_constant = node.target is aten.pad.default and argument(node, 2, "mode", "constant") == "constant"
+    return is_constant and not argument(node, 3, "value", 0)
 
 
 def layer_name(node: Node) -> str:
@@ -209,3 +225,18 @@ def _restore_batch_norm(graph: torch.fx.Graph, node: Node) -> None:
         item.replace_all_uses_with(whole)
         graph.erase_node(item)
     graph.erase_node(node)
+
+
+def _pad_inside(convolution: Node) -> None:
+    """Let a 2d convolution do the padding with zeros that it reads: two passes over memory less each way.
+
+    As many on either side, which is all that it can do.
+    """
+    padded = convolution.args[0]
+    sides = list(padded.args[1]) if pads_with_zeros(padded) else []  # left, right, top, bottom; more if channels too
+    if len(sides) != 4 or sides[0] != sides[1] or sides[2] != sides[3] or min(sides) < 0:
+        return
+    bias, stride = argument(convolution, 2, "bias", None), argument(convolution, 3, "stride", [1, 1])
+    down, across = argument(convolution, 4, "padding", [0, 0])
+    padding = [down + sides[2], across + sides[0]]
+    convolution.args = (padded.args[0], convolution.args[1], bias, stride, padding, *convolution.args[5:])

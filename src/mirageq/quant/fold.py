@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from mirageq.errors import UserError
-from mirageq.graph import LINEAR, WEIGHTED, aten, batch_norms, is_stored, layer_name, stored
+from mirageq.graph import LINEAR, WEIGHTED, argument, aten, batch_norms, is_stored, layer_name, stored
 from mirageq.quant.operations import free_name
 from mirageq.quant.remembered import MOMENTS
 
@@ -63,14 +63,14 @@ def _follows_its_layer(node: Node) -> bool:
     layer = node.args[0]
     if layer.target not in WEIGHTED or len(layer.users) > 1 or not is_stored(layer.args[1]):
         return False
-    bias = _argument(layer, 2)
+    bias = argument(layer, 2, "bias", None)
     channels_last = layer.target is LINEAR and _dimensions(layer) != 2
     return (bias is None or is_stored(bias)) and not channels_last
 
 
 def _fold(module: GraphModule, node: Node, gain: Tensor, shift: Tensor) -> None:
     layer = node.args[0]
-    weight, bias = layer.args[1], _argument(layer, 2)
+    weight, bias = layer.args[1], argument(layer, 2, "bias", None)
     values = stored(module, weight).detach().double()
     new_weight = values * gain.view(-1, *[1] * (values.dim() - 1))
     new_bias = shift if bias is None else shift + stored(module, bias).detach().double() * gain
@@ -123,11 +123,6 @@ def _store(module: GraphModule, reader: Node, path: str, value: Tensor) -> Node:
 def _free_path(module: GraphModule, reader: Node, path: str) -> str:
     taken = {node.target for node in module.graph.find_nodes(op="get_attr") if set(node.users) - {reader}}
     return free_name(path, taken)
-
-
-def _argument(node: Node, index: int) -> Node | None:
-    """The layer's argument, given by position or (the bias) by name."""
-    return node.args[index] if len(node.args) > index else node.kwargs.get("bias")
 
 
 def _set_argument(node: Node, index: int, value: Node) -> None:

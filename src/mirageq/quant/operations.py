@@ -8,12 +8,11 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Container
-from typing import Any
 
 import torch
 from torch.fx import Node
 
-from mirageq.graph import WEIGHTED, is_stored
+from mirageq.graph import WEIGHTED, argument, is_stored, pads_with_zeros
 
 CLAMPS = {"relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max"}
 """Activation functions that only cut off: an integer runtime does them while it rounds the operation before."""
@@ -69,10 +68,8 @@ def free_name(name: str, taken: Container[str]) -> str:
 def keeps_grid(node: Node) -> bool:
     """Whether every value that comes out of the node went into it, zeros aside (which every grid holds)."""
     name = kind(node)
-    if name == "pad":
-        return _argument(node, 2, "mode", "constant") != "constant" or not _argument(node, 3, "value", 0)
-    if name == "constant_pad_nd":
-        return not _argument(node, 2, "value", 0)
+    if name in ("pad", "constant_pad_nd"):
+        return pads_with_zeros(node) or argument(node, 2, "mode", "constant") in ("reflect", "replicate", "circular")
     return name in KEEPERS or (name == "cat" and len(node.all_input_nodes) == 1)
 
 
@@ -82,9 +79,9 @@ def limits(node: Node) -> tuple[float, float]:
     if name in ("relu", "relu6"):
         return 0.0, math.inf if name == "relu" else 6.0
     if name == "hardtanh":
-        return _argument(node, 1, "min_val", -1.0), _argument(node, 2, "max_val", 1.0)
-    low = None if name == "clamp_max" else _argument(node, 1, "min", None)
-    high = None if name == "clamp_min" else _argument(node, 1 if name == "clamp_max" else 2, "max", None)
+        return argument(node, 1, "min_val", -1.0), argument(node, 2, "max_val", 1.0)
+    low = None if name == "clamp_max" else argument(node, 1, "min", None)
+    high = None if name == "clamp_min" else argument(node, 1 if name == "clamp_max" else 2, "max", None)
     return low if isinstance(low, (int, float)) else -math.inf, high if isinstance(high, (int, float)) else math.inf
 
 
@@ -110,9 +107,5 @@ def stored_bias(node: Node) -> Node | None:
     """The stored bias of a convolution or linear layer with a stored weight."""
     if node.target not in WEIGHTED or not is_stored(node.args[1]):
         return None
-    bias = _argument(node, 2, "bias", None)
+    bias = argument(node, 2, "bias", None)
     return bias if is_stored(bias) else None
-
-
-def _argument(node: Node, position: int, name: str, default: Any) -> Any:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
