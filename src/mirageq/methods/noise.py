@@ -29,7 +29,7 @@ class Noise:
         """Draw `count` images."""
         path = journal.folder / "synthetic.safetensors" if journal and journal.folder else None
         drawn = GrowingSet(count, teacher.image_shape, path)
-        for start in range(0, count, CHUNK):
+        for start in range(drawn.finished, count, CHUNK):
             size = min(CHUNK, count - start)
             images = torch.randn(size, *teacher.image_shape, generator=stream(seed, "noise", start))
             drawn.write(start, images, teacher.pseudo_labels(images.to(teacher.device)))
