@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mirageq.folders import write_text
+from mirageq.folders import replacing, write_text
 
 HISTORY, SECONDS = "history.jsonl", "seconds.json"
 
@@ -158,9 +157,8 @@ class Checkpoint:
         """Save now."""
         if self.path:
             self.path.parent.mkdir(exist_ok=True)
-            written = self.path.with_suffix(".new")
-            torch.save(state, written)
-            os.replace(written, self.path)
+            with replacing(self.path) as written:
+                torch.save(state, written)
             self._saved()
             self._saved_at = time.monotonic()
 

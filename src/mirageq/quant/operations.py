@@ -68,9 +68,8 @@ def free_name(name: str, taken: Container[str]) -> str:
 def keeps_grid(node: Node) -> bool:
     """Whether every value that comes out of the node went into it, zeros aside (which every grid holds)."""
     name = kind(node)
-    if name in ("pad", "constant_pad_nd"):
-        return pads_with_zeros(node) or argument(node, 2, "mode", "constant") in ("reflect", "replicate", "circular")
-    return name in KEEPERS or (name == "cat" and len(node.all_input_nodes) == 1)
+    copies = name == "pad" and argument(node, 2, "mode", "constant") != "constant"
+    return copies or pads_with_zeros(node) or name in KEEPERS or (name == "cat" and len(node.all_input_nodes) == 1)
 
 
 def limits(node: Node) -> tuple[float, float]:
