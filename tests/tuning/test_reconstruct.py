@@ -179,7 +179,7 @@ def test_a_soft_weight_has_the_gradients_of_its_formula(piece, monkeypatch):
     ((expected * pull).sum() + 0.1 * undecided).backward()
     assert ((share == 0) | (share == 1)).any()
     assert ((codes == part.low) | (codes == part.high)).any()
-    assert torch.equal(result, expected)
+    torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-7)  # a short piece may be computed by scalars
     assert indecision.item() == pytest.approx(undecided.item(), rel=1e-5)
     assert torch.allclose(part.up.grad, up.grad, rtol=1e-4, atol=1e-7)
     assert torch.allclose(part.factor.grad, factor.grad, rtol=1e-4)
