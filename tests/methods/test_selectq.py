@@ -28,7 +28,7 @@ def test_one_cluster_is_the_mean():
 
 
 class Outliers:
-    """Ten images of which the last two are wildly unlike the others."""
+    """Images of which the last two are wildly unlike the others."""
 
     def synthesize(self, teacher, count, *, seed=0, journal=None):
         images = 0.1 * torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(0))
@@ -36,11 +36,13 @@ class Outliers:
         return SyntheticSet(images, torch.arange(count) % 5)
 
 
-def test_outliers_are_left_out_and_order_is_kept():
+@pytest.mark.parametrize(("clusters", "count"), [(1, 8), (3, 38), (10, 38)])
+def test_outliers_are_left_out_and_order_is_kept(clusters, count):
     teacher = Teacher.wrap(TinyResNet(), SHAPE)
-    kept = SelectQ(candidates=Outliers(), candidates_per_image=1.25, clusters=1).synthesize(teacher, 8)
-    candidates = Outliers().synthesize(teacher, 10)
-    assert torch.equal(kept.images, candidates.images[:8])
+    settings = {"candidates": Outliers(), "candidates_per_image": (count + 2) / count, "clusters": clusters}
+    kept = SelectQ(**settings).synthesize(teacher, count)
+    candidates = Outliers().synthesize(teacher, count + 2)
+    assert torch.equal(kept.images, candidates.images[:count])
 
 
 def test_every_layer_and_the_features_are_looked_at():

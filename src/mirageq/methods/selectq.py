@@ -11,7 +11,7 @@ Differences from the official method:
      The paper needs no BatchNorm; without any, the classifier's input alone counts.
   3. How its clusters are formed "dynamically" is not told. Here each layer has its own: an image opens a new cluster
      where it lies farther from every centroid than a typical image from the mean, until `clusters` exist; k-means
-     settles them.
+     settles them. Clusters of a few images, which outliers open for themselves, do not count.
   4. Distances are divided by their mean in each layer before they are added, so that no layer counts for more.
 Cost: the other method's for `candidates_per_image` times the images, and one forward pass of the teacher.
 Choose it: when few images may be kept; whether it helps is measured in benchmarks/RESULTS.md.
@@ -34,6 +34,7 @@ from mirageq.teacher import Teacher
 
 CHUNK = 64
 SETTLING = 10  # rounds of k-means
+LEAST_SHARE = 0.25  # of the images that a cluster would have if all had as many
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +85,10 @@ def layer_statistics(teacher: Teacher, images: Tensor) -> list[Tensor]:
 
 
 def distances_to_centroids(points: Tensor, clusters: int) -> Tensor:
-    """(N,) distance of each of the points (N, D) to the nearest centroid of at most `clusters`."""
+    """(N,) distance of each of the points (N, D) to the nearest centroid of at most `clusters`.
+
+    A cluster needs `LEAST_SHARE` of N / `clusters` members, and two: an outlier alone would be its own centroid.
+    """
     middle = points.mean(0, keepdim=True)
     typical = torch.cdist(points, middle).mean()
     centroids = points[torch.cdist(points, middle).argmin()][None]
@@ -96,6 +100,7 @@ def distances_to_centroids(points: Tensor, clusters: int) -> Tensor:
     for _ in range(SETTLING):
         nearest = torch.cdist(points, centroids).argmin(1)
         sums = torch.zeros_like(centroids).index_add(0, nearest, points)
-        counts = torch.bincount(nearest, minlength=len(centroids))[:, None]
-        centroids = torch.where(counts > 0, sums / counts.clamp_min(1), centroids)
-    return torch.cdist(points, centroids).amin(1)
+        counts = torch.bincount(nearest, minlength=len(centroids))
+        centroids = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp_min(1), centroids)
+    least = max(2.0, LEAST_SHARE * len(points) / clusters)
+    return torch.cdist(points, centroids[counts >= min(least, int(counts.max()))]).amin(1)
