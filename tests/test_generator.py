@@ -72,6 +72,19 @@ def test_sampling_changes_nothing_and_classes_take_turns(teacher):
     first, again = source.sample(2 * CLASSES), source.sample(2 * CLASSES)
     assert torch.equal(first.images, again.images)
     assert first.labels.bincount().tolist() == [2] * CLASSES
+    seen = {
+        frozenset(GeneratorSource(teacher, GeneratorTraining(**SMALL), seed).sample(2).labels.tolist())
+        for seed in range(8)
+    }
+    assert len(seen) > 2  # not the first classes only
+
+
+def test_no_image_is_drawn_alone_beside_others(teacher, monkeypatch):
+    source, sizes = GeneratorSource(teacher, GeneratorTraining(**SMALL), 0), []
+    draw = source._draw
+    monkeypatch.setattr(source, "_draw", lambda labels, purpose: sizes.append(len(labels)) or draw(labels, purpose))
+    assert len(source.sample(65).images) == 65
+    assert sizes == [33, 32]
 
 
 def test_each_batch_comes_after_a_step_of_training(teacher):
@@ -133,8 +146,10 @@ def test_generators_train_in_either_precision_through_crops(teacher, name, preci
     ("setting", "message"),
     [
         ({"latent": 0}, "latent must be positive"),
-        ({"warmup": -1}, "warmup counts updates"),
+        ({"warmup": -1}, "warmup must not be negative"),
         ({"crop_scale": 0.0}, "crop_scale is a fraction"),
+        ({"crop_probability": 1.5}, r"crop_probability lies in \[0, 1\]; got 1.5"),
+        ({"bn_weight": -1.0}, "bn_weight must not be negative"),
         ({"conditioning": "both"}, "conditioning"),
     ],
 )

@@ -48,6 +48,19 @@ def check_not_negative(settings: object, *names: str) -> None:
             raise UserError(f"{name} must not be negative; got {getattr(settings, name)}.")
 
 
+def check_probability(settings: object, *names: str) -> None:
+    """Raise a `UserError` for the first of these settings that lies outside [0, 1]."""
+    for name in names:
+        if not 0 <= getattr(settings, name) <= 1:
+            raise UserError(f"{name} lies in [0, 1]; got {getattr(settings, name)}.")
+
+
+def check_crop_scale(scale: float) -> None:
+    """Raise a `UserError` unless this can be the smallest area of a crop, as a fraction of the image's."""
+    if not 0 < scale <= 1:
+        raise UserError(f"crop_scale is a fraction of the image's area in (0, 1]; got {scale}.")
+
+
 def check_image_size(size: int | None) -> None:
     """Raise a `UserError` unless images can have this many pixels a side; None stands for the network's own size."""
     if size is not None and size < 1:

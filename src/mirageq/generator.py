@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mirageq.augment import random_resized_crop
-from mirageq.errors import UserError, check_choices, check_positive
+from mirageq.errors import (
+    UserError,
+    check_choices,
+    check_crop_scale,
+    check_not_negative,
+    check_positive,
+    check_probability,
+)
 from mirageq.images import Batch
 from mirageq.journal import Journal
 from mirageq.losses import bn_alignment
@@ -30,7 +37,7 @@ Draw = Callable[[Tensor, str], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratorTraining:
-    """Settings of a generator and its training, GDFQ's by default.
+    """Settings of a generator and its training, those of GDFQ's code for CIFAR-100 by default.
 
     Attributes:
         warmup: generator updates before the student sees an image.
@@ -49,8 +56,8 @@ class GeneratorTraining:
         precision: "bfloat16" runs generator and teacher under autocast, where the device has such instructions.
     """
 
-    warmup: int = 2000
-    batch_size: int = 64
+    warmup: int = 800
+    batch_size: int = 200
     lr: float = 1e-3
     lr_factor: float = 0.1
     milestones: tuple[int, ...] = (20_000, 40_000, 60_000)
@@ -66,14 +73,10 @@ class GeneratorTraining:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        check_positive(self, "batch_size", "lr", "latent", "width")
-        if self.warmup < 0:
-            raise UserError(f"warmup counts updates and cannot be negative; got {self.warmup}.")
-        if not 0 < self.crop_scale <= 1 or not 0 <= self.crop_probability <= 1:
-            raise UserError(
-                "crop_scale is a fraction of the image's area in (0, 1] and crop_probability lies in [0, 1]; got "
-                f"{self.crop_scale} and {self.crop_probability}."
-            )
+        check_positive(self, "batch_size", "lr", "lr_factor", "latent", "width")
+        check_not_negative(self, "warmup", "class_weight", "bn_weight", "last_bn_weight")
+        check_crop_scale(self.crop_scale)
+        check_probability(self, "crop_probability")
 
 
 class Generator(nn.Module):
@@ -208,11 +211,16 @@ class GeneratorSource:
         checkpoint.save(self.state_dict())
 
     def sample(self, count: int) -> Batch:
-        """`count` images of the generator as it is now; classes take turns."""
-        labels = torch.arange(count) % self.teacher.classes
-        order = torch.randperm(count, generator=stream(self.seed, "generator", "sample"))
-        images = [self._draw(chunk, f"sample {index}") for index, chunk in enumerate(labels[order].split(SAMPLE_BATCH))]
-        return Batch(torch.cat(images).cpu(), labels[order])
+        """`count` images of the generator as it is now; classes take turns in a random order.
+
+        Batches are of nearly equal size, as the generator's norms see what an image is beside.
+        """
+        randomness = stream(self.seed, "generator", "sample")
+        labels = torch.randperm(self.teacher.classes, generator=randomness)[torch.arange(count) % self.teacher.classes]
+        labels = labels[torch.randperm(count, generator=randomness)]
+        chunks = labels.tensor_split(-(-count // SAMPLE_BATCH))
+        images = [self._draw(chunk, f"sample {index}") for index, chunk in enumerate(chunks)]
+        return Batch(torch.cat(images).cpu(), labels)
 
     def batches(self, batch_size: int, student: Callable[[Tensor], Tensor] | None = None) -> Iterator[Batch]:
         while True:

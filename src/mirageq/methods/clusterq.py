@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mirageq.errors import UserError
+from mirageq.errors import UserError, check_not_negative
 from mirageq.generator import SAMPLE_BATCH, Draw, GeneratorSource, GeneratorTraining
 from mirageq.graph import batch_norms, weighted
 from mirageq.images import ImageSource
@@ -41,7 +41,7 @@ from mirageq.teacher import Teacher
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterQ(GeneratorTraining):
-    """Settings of ClusterQ: the frame's (see `GeneratorTraining`), and
+    """Settings of ClusterQ, its code's for CIFAR-100: the frame's (see `GeneratorTraining`), and
 
     Attributes:
         cluster_weight: of the distance to the class centroids (0.9 in the paper).
@@ -51,6 +51,7 @@ class ClusterQ(GeneratorTraining):
         centroid_every: generator updates between two centroid updates.
     """
 
+    warmup: int = 2000
     crop_probability: float = 0.5
     cluster_weight: float = 0.9
     diversity_weight: float = 0.1
@@ -61,6 +62,7 @@ class ClusterQ(GeneratorTraining):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_not_negative(self, "cluster_weight", "diversity_weight", "mean_noise", "var_noise")
         if not 0 <= self.centroid_rate <= 1 or self.centroid_every < 1:
             raise UserError(
                 "centroid_rate lies in [0, 1] and centroid_every is at least 1; got "

@@ -27,7 +27,10 @@ from mirageq.teacher import Teacher
 
 @dataclass(frozen=True, kw_only=True)
 class GDFQ(GeneratorTraining):
-    """Settings of GDFQ: those of the common frame (see `GeneratorTraining`), the paper's for CIFAR by default."""
+    """Settings of GDFQ: those of the common frame (see `GeneratorTraining`).
+
+    The defaults are its code's for CIFAR-100; for ImageNet 10,000 updates of warm-up in batches of 16, by "norm".
+    """
 
     def synthesize(self, teacher: Teacher, count: int, *, seed: int = 0, journal: Journal | None = None) -> ImageSource:
         """Warm the generator up; `count` matters only to a finished set."""

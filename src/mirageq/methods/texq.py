@@ -10,8 +10,8 @@ Differences from the official code cannot be told; these points are unknown and 
   1. Texture: the mean absolute responses of the 9 rotation-pooled Laws filters (k = 9 is given; which 9 is not), as
      shares of their sum. Natural images' shares are those of Gaussian fields with a 1/f amplitude spectrum, the
      textbook model of natural scenes, since no real image may be seen.
-  2. Layered alignment: squared excess over a tolerance that falls linearly from `tolerance` remembered deviations at
-     the first BatchNorm to none at the last.
+  2. Layered alignment: squared excess over a tolerance that falls linearly from `tolerance` (of the remembered
+     deviation for means, of the variance for variances) at the first BatchNorm to none at the last.
   3. The margins 0.3 and 0.5 are read as the least and greatest cosine distance from the class centre.
   4. The published eps of 0.015 has no known role and is not used. Mixup belongs to the tuner, not to the images.
 Cost: GDFQ's, and one painted image per class.
@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mirageq.errors import check_not_negative
 from mirageq.generator import Draw, GeneratorSource, GeneratorTraining
 from mirageq.images import ImageSource
 from mirageq.journal import Journal
@@ -55,7 +56,8 @@ class TexQ(GeneratorTraining):
     Attributes:
         centre_iterations, centre_lr, centre_batch: of the descent that paints the calibration images.
         texture_weight: of the divergence between an image's texture energies and natural ones.
-        tolerance: of the first BatchNorm's alignment while painting, in remembered standard deviations.
+        tolerance: of the first BatchNorm's alignment while painting: so many remembered standard deviations for means,
+            and that part of the remembered variance for variances.
         margin_low, margin_high: cosine distances between which features stay from their class centre.
         margin_weight: of that constraint on the generator.
     """
@@ -71,6 +73,7 @@ class TexQ(GeneratorTraining):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_not_negative(self, "texture_weight", "tolerance", "margin_weight")
         check_margins(self.margin_low, self.margin_high)
 
     def synthesize(self, teacher: Teacher, count: int, *, seed: int = 0, journal: Journal | None = None) -> ImageSource:
