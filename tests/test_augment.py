@@ -44,6 +44,12 @@ def test_boxes_fill_the_asked_area_and_stay_inside():
     assert (columns / rows).max() < 1.42
 
 
+def test_boxes_have_the_shape_of_the_image_or_nearly():
+    *_, rows, columns = random_boxes(4000, 32, 64, stream(), (0.8, 1.0), (3 / 4, 4 / 3))
+    assert ((rows < 32) | (columns < 64)).float().mean() > 0.9
+    assert (columns / rows).mean() == pytest.approx(2, abs=0.05)
+
+
 def test_gradient_reaches_only_the_pixels_of_the_crop():
     images = torch.randn(1, 1, 20, 20, generator=stream(1), requires_grad=True)
     top, left, rows, columns = (int(v) for v in random_boxes(1, 20, 20, stream(3), (0.2, 0.3), (3 / 4, 4 / 3)))

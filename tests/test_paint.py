@@ -9,7 +9,7 @@ from mirageq import IntraQ, Teacher, UserError, ZeroQ
 from mirageq.journal import Journal
 from mirageq.methods.genie import Genie
 from mirageq.methods.real import Real
-from mirageq.paint import Canvas, Descent, cosine, paint
+from mirageq.paint import Canvas, Descent, Parameters, cosine, descend, paint
 from mirageq.testing import SHAPE, TinyResNet
 
 TARGET = torch.linspace(-1, 1, 3 * 4 * 4).view(1, 3, 4, 4)
@@ -39,6 +39,22 @@ def test_rates_fall_as_their_schedule_says():
     assert rates == sorted(rates, reverse=True)
     assert rates[20] == pytest.approx(cosine(0.1, 0.01, 0.5)) == pytest.approx(0.055)
     assert flat.history[0]["lr"] == 1e-9
+
+
+@pytest.mark.parametrize("schedule", ["plateau", "cosine"])
+def test_rates_of_groups_keep_their_ratio(schedule):
+    first, second = (torch.zeros(3, requires_grad=True) for _ in range(2))
+    descend(
+        [Parameters([first]), Parameters([second], rate=0.05)],
+        lambda: first + second,
+        lambda x, generator: {"flat": x.sum() - x.sum().detach()},  # Adam moves each number by its rate
+        Descent(iterations=40, lr=0.1, schedule=schedule, patience=2, min_lr=1e-3),
+        torch.Generator(),
+        journal=Journal(),
+        name="x",
+    )
+    assert second.detach() == pytest.approx(0.05 * first.detach(), rel=1e-3)
+    assert 0.1 < -first[0] < 3
 
 
 def test_clamped_images_are_pixels_that_exist():
@@ -88,6 +104,8 @@ def test_a_loss_that_is_not_finite_is_told():
         ({"iterations": 0}, "iterations must be positive; got 0"),
         ({"batch_size": -1}, "batch_size must be positive"),
         ({"precision": "float16"}, "Unknown precision 'float16'; did you mean 'bfloat16'"),
+        ({"min_lr": -1.0}, "min_lr must not be negative"),
+        ({"lr_factor": 1.0}, r"lr_factor is what the rate is multiplied by to fall, in \(0, 1\); got 1.0"),
         ({"schedule": "cosin"}, "Unknown schedule 'cosin'; did you mean 'cosine'"),
     ],
 )

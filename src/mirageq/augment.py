@@ -29,8 +29,9 @@ def random_resized_crop(
 ) -> Tensor:
     """Crop each image of (N, C, H, W) independently, resize it back, and mirror it with probability `flip`.
 
-    `scale` is the range of the crop's area as a fraction of the image, `ratio` that of its aspect (width / height),
-    with the distribution of torchvision's `RandomResizedCrop`; bilinear, edges as in cropping first and resizing then.
+    `scale` is the range of the crop's area as a fraction of the image, `ratio` that of its aspect (width / height) in
+    parts of the image's own: the distribution of torchvision's `RandomResizedCrop` for square images, stretched for
+    others. Bilinear, edges as in cropping first and resizing then.
     """
     count, _, height, width = images.shape
     top, left, rows, columns = random_boxes(count, height, width, generator, scale, ratio)
@@ -61,6 +62,7 @@ def random_boxes(
     shape = (ATTEMPTS, count)
     area = height * width * torch.empty(shape).uniform_(*scale, generator=generator)
     aspect = torch.empty(shape).uniform_(math.log(ratio[0]), math.log(ratio[1]), generator=generator).exp()
+    aspect *= width / height
     columns, rows = (area * aspect).sqrt().round().long(), (area / aspect).sqrt().round().long()
     fits = (columns >= 1) & (columns <= width) & (rows >= 1) & (rows <= height)
     first, each = fits.long().argmax(0), torch.arange(count)
@@ -143,11 +145,13 @@ def mixed(images: Tensor, generator: torch.Generator) -> Tensor:
 def low_passed(images: Tensor, cutoff: float | Tensor) -> Tensor:
     """Images (N, C, H, W) with each frequency f, in parts of the highest, multiplied by exp(-f^2 / (2 cutoff^2)).
 
-    `cutoff` is one for all, or (N,), one for each image.
+    `cutoff` is one for all, or (N,), one for each image. No pixel leaves the range that its channel had: the Gaussian
+    ends at the highest frequency, and would ring.
     """
     height, width = images.shape[-2:]
     down, across = torch.fft.fftfreq(height) * 2, torch.fft.rfftfreq(width) * 2
     narrow = torch.as_tensor(cutoff).view(-1, 1, 1, 1)
     gain = torch.exp(-(down[:, None].square() + across.square()) / (2 * narrow**2))
     spectrum = torch.fft.rfft2(images) * gain.to(images.device)
-    return torch.fft.irfft2(spectrum, s=(height, width)).contiguous()
+    passed = torch.fft.irfft2(spectrum, s=(height, width))
+    return passed.clamp(images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)).contiguous()

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mirageq.errors import UserError, check_choices, check_image_size, check_positive
+from mirageq.errors import UserError, check_choices, check_image_size, check_not_negative, check_positive
 from mirageq.images import Batch, GrowingSet, SyntheticSet
 from mirageq.journal import Journal
 from mirageq.leaves import dead_leaves
@@ -68,6 +68,9 @@ class Descent:
 
     def __post_init__(self) -> None:
         check_positive(self, "batch_size", "iterations", "lr", "patience")
+        check_not_negative(self, "min_lr")
+        if not 0 < self.lr_factor < 1:
+            raise UserError(f"lr_factor is what the rate is multiplied by to fall, in (0, 1); got {self.lr_factor}.")
         check_choices(self)
         check_image_size(self.image_size)
         if self.swing and self.compile:
@@ -246,8 +249,9 @@ def descend(
     tensors = [tensor for group in parameters for tensor in group.tensors]
     groups = [{"params": group.tensors, "lr": settings.lr * group.rate, "rate": group.rate} for group in parameters]
     optimizer = torch.optim.Adam(groups)
+    least = [settings.min_lr * group.rate for group in parameters]
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
-        optimizer, factor=settings.lr_factor, patience=settings.patience, min_lr=settings.min_lr
+        optimizer, factor=settings.lr_factor, patience=settings.patience, min_lr=least
     )
     falling = settings.schedule == "cosine"
     checkpoint = journal.checkpoint("paint")

@@ -14,8 +14,6 @@ from mirageq.errors import UserError
 from mirageq.graph import batch_norms, capture, layer_name, running_statistics, stored
 from mirageq.observe import Observation, Observer
 
-Triple = tuple[float, float, float]
-
 
 @dataclass(frozen=True)
 class BatchNormStatistics:

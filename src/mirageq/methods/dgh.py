@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mirageq.augment import shifted
-from mirageq.errors import UserError
+from mirageq.errors import UserError, check_not_negative
 from mirageq.images import ImageSource
 from mirageq.journal import Journal
 from mirageq.losses import deviation_alignment
@@ -52,6 +52,7 @@ class DGH(Descent):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_not_negative(self, "stretch_weight")
         if not 0 <= self.shift < 0.5:
             raise UserError(f"shift is a part of the image's side, below one half; got {self.shift}.")
 

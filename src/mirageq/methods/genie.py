@@ -5,9 +5,9 @@ serve all images. So train a small generator from scratch for each batch, and it
 batch's statistics are the remembered ones. Strided convolutions swing: they see their input moved by a random shift, so
 that the gradient does not favour the pixels their grid happens to read.
 Reference: Jeon et al., "GENIE: Show Me the Data for Quantization", CVPR 2023 (GENIE-D; its overview, no code was read).
-Differences from the official method: the generator is this package's (GDFQ's, without classes); rates and their
-schedule are ours; labels are the teacher's guesses. GENIE-M, its quantizer, is `tuner.weight_scale_lr` of the
-reconstruction.
+Differences from the official method: the generator is this package's (GDFQ's with one class, whose embedding scales
+the latents and learns too); rates and their schedule are ours; labels are the teacher's guesses. GENIE-M, its
+quantizer, is `tuner.weight_scale_lr` of the reconstruction.
 Cost: that of ZeroQ and of a generator of similar size; for 32 x 32 images `width = 32` will do, at a third of the time.
 Choose it: for smooth images, where painted ones are noisy; with the tuner `reconstruct`, as in the paper.
 """

@@ -5,7 +5,7 @@ each image's cross-entropy by how hard it still is: (1 - p)^gamma fades as the p
 image is painted to full certainty at the expense of the statistics, and the set keeps its difficult members.
 Reference: Li et al., "Hard Sample Matters a Lot in Zero-Shot Quantization", CVPR 2023.
 Differences from the official code: the student's side of HAST (images made harder by a signed step, attention aligned)
-is not here; any tuner can follow. Adam's rate falls as for the other painters.
+is not here; any tuner can follow. Crops, which its ImageNet script shows half of the batches through, are a setting.
 Cost: that of ZeroQ with IntraQ's batch: one forward and backward pass an image and iteration, 1,000 iterations.
 Choose it: as the stable neighbour of IntraQ, without its centres and margins.
 """
@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mirageq.errors import UserError
+from mirageq.augment import random_resized_crop
+from mirageq.errors import UserError, check_crop_scale, check_not_negative, check_probability
 from mirageq.images import ImageSource
 from mirageq.journal import Journal
 from mirageq.losses import bn_alignment
@@ -31,20 +32,29 @@ LEAST_DOUBT = 1e-6  # what 1 - p counts as at least
 
 @dataclass(frozen=True, kw_only=True)
 class HAST(Descent):
-    """Settings of HAST. The defaults are the paper's for CIFAR; for ImageNet `class_weight` 0.1 and `focus` 0.5.
+    """Settings of HAST, by default the paper's for CIFAR.
+
+    For ImageNet they are `class_weight` 0.1, `focus` 0.5 and `crop_probability` 0.5.
 
     Attributes:
         class_weight: of the focal cross-entropy (beta).
         focus: how fast a class that is recognised stops to count (gamma); 0 is plain cross-entropy.
         bn_weight: of the BatchNorm alignment.
+        crop_probability: chance, per iteration, that the batch is seen through random crops and flips.
+        crop_scale: smallest area of a crop.
     """
 
     class_weight: float = 10.0
     focus: float = 2.0
     bn_weight: float = 1.0
+    crop_probability: float = 0.0
+    crop_scale: float = 0.4
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_not_negative(self, "class_weight", "bn_weight")
+        check_probability(self, "crop_probability")
+        check_crop_scale(self.crop_scale)
         if self.focus < 0:
             raise UserError(f"focus is an exponent of at least 0; got {self.focus}.")
 
@@ -60,6 +70,8 @@ class HAST(Descent):
     def _loss(
         self, teacher: Teacher, observe: Observe, labels: Tensor, images: Tensor, generator: torch.Generator
     ) -> dict[str, Tensor]:
+        if self.crop_probability and torch.rand((), generator=generator) < self.crop_probability:
+            images = random_resized_crop(images, generator, scale=(self.crop_scale, 1.0))
         seen = observe(images)
         return {
             "bn": self.bn_weight * bn_alignment(seen, teacher.batch_norms),

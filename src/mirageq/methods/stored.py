@@ -37,6 +37,11 @@ class Stored:
                 f"{self.path} holds images of shape {shape}, and the network takes {teacher.image_shape}. "
                 "Give images made for this network."
             )
+        if int(stored.labels.max()) >= teacher.classes:
+            raise UserError(
+                f"{self.path} holds images of class {int(stored.labels.max())}, and the network has {teacher.classes} "
+                "classes. Give images made for this network."
+            )
         if len(stored) < count:
             raise UserError(
                 f"{self.path} holds {len(stored)} images, and {count} were asked for. Lower images, or make more."

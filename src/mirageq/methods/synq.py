@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
+
 from mirageq.augment import low_passed
 from mirageq.errors import UserError
 from mirageq.images import ImageSource, SyntheticSet
@@ -21,6 +23,8 @@ from mirageq.journal import Journal
 from mirageq.methods.contract import Method
 from mirageq.methods.intraq import IntraQ
 from mirageq.teacher import Teacher
+
+CHUNK = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,4 +48,5 @@ class SynQ:
         """Make the images, filter them; labels stay what the images were made for."""
         journal = (journal or Journal()).within("candidates")
         made = self.candidates.synthesize(teacher, count, seed=seed, journal=journal).sample(count)
-        return SyntheticSet(low_passed(made.images, self.cutoff), made.labels, seed=seed)
+        passed = [low_passed(images, self.cutoff).half() for images in made.images.split(CHUNK)]
+        return SyntheticSet(torch.cat(passed), made.labels, seed=seed)

@@ -3,9 +3,12 @@
 Idea: start from Gaussian noise and descend on the pixels until, at the input of every BatchNorm layer, the batch's
 mean and standard deviation match the running ones. No class enters: the images are "typical", not of something.
 Reference: Cai et al., "ZeroQ: A Novel Zero Shot Quantization Framework", CVPR 2020, eq. 3.
-Differences from the official code: the input images' own mean and deviation are aligned to 0 and 1 as there, but no
-early stop when the loss falls below a fixed threshold; labels are the teacher's own guesses (the official code
-assigns none), so that any tuner can be fed.
+Differences from the official code:
+  1. Statistics are the batch's, as BatchNorm computes them and as later papers have ZeroQ; there each image's own, over
+     space, is drawn to the remembered ones, at the input (to 0 and 1) as at every layer.
+  2. Distances are averaged over channels; there they are summed and divided by the number of images, or of channels,
+     in one version or the other. The rate is the later version's (0.5), and there is no early stop as in the earlier.
+  3. Labels are the teacher's own guesses (the official code assigns none), so that any tuner can be fed.
 Cost: one teacher forward and backward pass an image and iteration; 500 iterations.
 Choose it: plain, for 8-bit calibration, where class content hardly matters. With `class_weight` and `swing` it paints
 objects that can be recognised, as DeepInversion (Yin et al., CVPR 2020) does with other priors.

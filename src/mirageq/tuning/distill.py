@@ -4,8 +4,8 @@ Idea: minimise `T^2 KL(teacher || student)` at temperature T, plus (if wanted) c
 were made for and the distance of the penultimate features, over weights, biases and BatchNorm scales and shifts.
 Reference: Hinton et al. 2015 for the loss; the schedule and weights of IntraQ's second stage.
 Differences from the official code: activation ranges are calibrated on the method's own images before tuning; the rate
-is one at which the run does not diverge (the official CIFAR runs end in NaN after one to three epochs); the gradient is
-clipped; a divergence guard watches; the last step counts, never the best on a test set.
+is one at which the run does not diverge (the official CIFAR runs end in NaN after one to three epochs); a divergence
+guard watches, and the gradient can be clipped; the last step counts, never the best on a test set.
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mirageq.augment import mixed, random_resized_crop
-from mirageq.errors import UserError, check_choices, check_not_negative, check_positive
+from mirageq.errors import (
+    UserError,
+    check_choices,
+    check_crop_scale,
+    check_not_negative,
+    check_positive,
+    check_probability,
+)
 from mirageq.images import Batch, ImageSource
 from mirageq.journal import Journal
 from mirageq.losses import distillation
@@ -82,10 +89,8 @@ class Distill:
         check_not_negative(self, "steps", "momentum", "weight_decay", "kd_weight", "ce_weight", "feature_weight")
         if not 0 <= self.warmup <= 1:
             raise UserError(f"warmup is a fraction of the steps, in [0, 1]; got {self.warmup}.")
-        if not 0 < self.crop_scale <= 1:
-            raise UserError(f"crop_scale is a fraction of the image's area in (0, 1]; got {self.crop_scale}.")
-        if not 0 <= self.ce_confidence <= 1:
-            raise UserError(f"ce_confidence is a probability in [0, 1]; got {self.ce_confidence}.")
+        check_crop_scale(self.crop_scale)
+        check_probability(self, "ce_confidence")
         if self.mix and self.ce_weight:
             raise UserError(f"Mixed images have no label to learn: mix needs ce_weight = 0; got {self.ce_weight}.")
 
