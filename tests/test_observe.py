@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mirageq import UserError
-from mirageq.graph import capture
+from mirageq.capture import capture
 from mirageq.observe import Observer, compiled
 
 SHAPE = (3, 9, 9)

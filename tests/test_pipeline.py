@@ -55,3 +55,9 @@ def test_what_is_missing_is_told():
         quantize(TinyResNet(), Noise(), image_shape=SHAPE, images=4, calibration_images=0)
     with pytest.raises(UserError, match="number of images to synthesise must be positive; got 0"):
         quantize(TinyResNet(), IntraQ(), image_shape=SHAPE, images=0)
+
+
+def test_a_teacher_has_its_own_device():
+    teacher = Teacher.wrap(TinyResNet(), SHAPE)
+    with pytest.raises(UserError, match="The teacher is on cpu; wrap it with device=meta instead"):
+        quantize(teacher, Noise(), device="meta")

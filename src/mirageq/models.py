@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from mirageq.capture import load_exported
 from mirageq.demo_weights import to_timm_names
 from mirageq.errors import UserError, did_you_mean
-from mirageq.graph import load_exported
 from mirageq.modules import module_of
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

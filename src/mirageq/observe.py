@@ -9,11 +9,11 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from mirageq.augment import shifted
 from mirageq.errors import UserError, first_line
-from mirageq.graph import batch_norms, feature_node, layer_name, share
+from mirageq.graph import LINEAR, batch_norms, last_layer, layer_name, share
 from mirageq.moments import channel_statistics
 
 
@@ -58,7 +58,8 @@ class Observer:
         norms = batch_norms(graph)
         self.names = tuple(layer_name(node) for node in norms)
         (output,) = graph.find_nodes(op="output")
-        output.args = ((output.args[0], feature_node(graph), *(node.args[0] for node in norms)),)
+        features = pooled_features(graph, last_layer(graph))
+        output.args = ((output.args[0], features, *(node.args[0] for node in norms)),)
         self._network = share(network, graph)
         self._swing = _let_swing(self._network) if swing else None
 
@@ -70,7 +71,7 @@ class Observer:
     def __call__(self, images: Tensor) -> Observation:
         """Images (N, C, H, W)."""
         logits, features, *bn_inputs = self._network(images)
-        return Observation(logits, pool(features), dict(zip(self.names, bn_inputs, strict=True)))
+        return Observation(logits, features, dict(zip(self.names, bn_inputs, strict=True)))
 
 
 def compiled(observe: Observer) -> Callable[[Tensor], Glance]:
@@ -126,6 +127,13 @@ def _let_swing(network: GraphModule) -> _Swing:
     return swing
 
 
-def pool(features: Tensor) -> Tensor:
-    """(N, D, ...) -> (N, D): the mean over space, where there is any."""
-    return features.flatten(2).mean(2) if features.dim() > 2 else features
+def pooled_features(graph: Graph, last: Node) -> Node:
+    """A new node for the penultimate features (N, D): what the `last` layer reads, averaged over space or tokens."""
+    (output,) = graph.find_nodes(op="output")
+    with graph.inserting_before(output):
+        return graph.call_function(_pooled, (last.args[0], -1 if last.target is LINEAR else 1))
+
+
+def _pooled(features: Tensor, channels: int) -> Tensor:
+    """The mean over all dimensions but the first and that of the channels."""
+    return features.movedim(channels, 1).flatten(2).mean(2) if features.dim() > 2 else features

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 from torch.export import ExportedProgram
 
@@ -45,7 +46,7 @@ def quantize(
     images: int = 1024,
     calibration_images: int = 256,
     seed: int = 0,
-    device: str = "cpu",
+    device: str | None = None,
     journal: Journal | None = None,
 ) -> Result:
     """Quantize a classifier without its data.
@@ -59,7 +60,7 @@ def quantize(
         images: how many images to make.
         calibration_images: how many of them set the activation ranges.
         seed: of everything random.
-        device: where to compute.
+        device: where to compute, the CPU by default; a `Teacher` has its own.
         journal: history, progress bars and checkpoints; silent and in memory by default.
 
     Raises:
@@ -74,10 +75,12 @@ def quantize(
     journal = journal or Journal()
     if isinstance(model, Teacher):
         teacher = model
+        if device is not None and torch.device(device).type != teacher.device.type:
+            raise UserError(f"The teacher is on {teacher.device}; wrap it with device={device} instead.")
     elif image_shape is None:
         raise UserError("Give image_shape=(channels, height, width), the shape the network was trained with.")
     else:
-        teacher = Teacher.wrap(model, image_shape, device=device)
+        teacher = Teacher.wrap(model, image_shape, device=device or "cpu")
     check_pixel_range(teacher, method)
     scheme, tuner = scheme or Scheme(), tuner or Distill()
     with journal.timed("convert"):  # first, so that a scheme that does not fit is refused before any image is made

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from mirageq.errors import UserError
-from mirageq.graph import batch_norms, capture, layer_name, running_statistics, stored
+from mirageq.capture import capture, on_device
+from mirageq.errors import UserError, first_line
+from mirageq.graph import batch_norms, is_stored, layer_name, running_statistics, stored
 from mirageq.observe import Observation, Observer
 
 
@@ -64,8 +65,9 @@ class Teacher:
                 `image_shape` to a matrix of finite logits.
         """
         _check_normalisation(image_shape, mean, std)
-        network = capture(model, image_shape).to(device).requires_grad_(False)
+        network = on_device(capture(model, image_shape), device).requires_grad_(False)
         _check_finite(network)
+        _check_norms(network)
         observe = Observer(network)
         seen = _first_look(observe, image_shape, device)
         norms = tuple(
@@ -156,6 +158,15 @@ def _check_finite(network: GraphModule) -> None:
             )
 
 
+def _check_norms(network: GraphModule) -> None:
+    for node in batch_norms(network.graph):
+        if not all(map(is_stored, running_statistics(node))):
+            raise UserError(
+                f"The batch normalisation '{node.name}' computes its statistics from the images. Use a network whose "
+                "norms have stored ones."
+            )
+
+
 def _first_look(observe: Observer, image_shape: tuple[int, int, int], device: str | torch.device) -> Observation:
     """Show the network two blank images to learn its shapes."""
     try:
@@ -164,7 +175,7 @@ def _first_look(observe: Observer, image_shape: tuple[int, int, int], device: st
     except Exception as error:
         raise UserError(
             f"The network does not accept images of shape {tuple(image_shape)} (channels, height, width): "
-            f"{str(error).splitlines()[0]}. Give the shape it was exported with."
+            f"{first_line(error)}. Give the shape it was exported with."
         ) from error
     if seen.logits.dim() != 2:
         raise UserError(

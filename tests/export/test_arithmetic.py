@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from mirageq import Scheme, Teacher
+from mirageq.capture import capture
 from mirageq.export import export_student
 from mirageq.export.arithmetic import in_double, in_kernel_arithmetic
 from mirageq.export.kernels import KERNELS, OrtProduct, OrtSum, Requantization
 from mirageq.export.verify import open_file
-from mirageq.graph import capture
 from mirageq.quant import convert
 from mirageq.quant.quantizers import ActivationQuantizer
 from mirageq.testing import TinyResNet

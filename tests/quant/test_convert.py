@@ -6,11 +6,14 @@ import pytest
 import torch
 from torch import nn
 
+from mirageq import Noise, Teacher, quantize
+from mirageq.capture import capture
 from mirageq.errors import UserError
-from mirageq.graph import capture, stored
+from mirageq.graph import stored
 from mirageq.quant import Scheme, convert
 from mirageq.quant.quantizers import BiasQuantizer
 from mirageq.testing import CLASSES, SHAPE, TinyResNet
+from mirageq.tuning import Reconstruct, SQuant
 
 PLACEMENTS = pytest.mark.parametrize("placement", ["paper", "deploy"])
 
@@ -261,3 +264,58 @@ def test_a_bias_beyond_32_bits_is_said():
     student = convert(capture(network, SHAPE), Scheme(placement="deploy"))
     with pytest.raises(UserError, match=r"The bias 'conv2.bias' needs .* more than 32 bits hold"):
         student.calibrate([1e-3 * torch.randn(4, *SHAPE)])
+
+
+def test_what_normalises_the_image_has_its_bits_and_the_first_layer_is_behind_it():
+    class Normalising(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn, self.stem, self.fc = nn.BatchNorm2d(3), nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+
+        def forward(self, x):
+            return self.fc(torch.relu(self.stem(self.bn((x - 0.5) / 0.25))).mean((2, 3)))
+
+    student = convert(capture(Normalising(), SHAPE), Scheme(placement="deploy", first_last_bits=8, first_output_bits=6))
+    bits = {name: quantizer.bits for name, quantizer in student.activation_quantizers.items()}
+    assert bits == {"image": 8, "image.sub": 8, "image.div": 8, "bn": 8, "stem": 6, "stem.mean": 8}
+    assert {name: quantizer.bits for name, quantizer in student.weight_quantizers.items()} == {
+        "bn": 8,
+        "stem": 8,
+        "fc": 8,
+    }
+
+
+def test_features_of_tokens_are_averaged_over_tokens():
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+
+        def forward(self, x):
+            return self.fc(self.conv(x).flatten(2).transpose(1, 2)).mean(1)
+
+    teacher = Teacher.wrap(Tokens(), SHAPE)
+    images = torch.randn(2, *SHAPE)
+    assert teacher.feature_dim == 8
+    student = convert(teacher.network, Scheme(weight_bits=8, activation_bits=8))
+    student.calibrate([images])
+    torch.testing.assert_close(student.observe(images)[1], teacher.observe(images).features, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("placement", ["paper", "deploy"])
+def test_a_weight_may_be_a_buffer(placement):
+    class Blurred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+            self.register_buffer("blur", torch.ones(8, 1, 3, 3) / 9)
+
+        def forward(self, x):
+            x = nn.functional.conv2d(torch.relu(self.stem(x)), self.blur, stride=2, groups=8)
+            return self.fc(torch.relu(x).mean((2, 3)))
+
+    teacher = Teacher.wrap(Blurred(), SHAPE)
+    scheme = Scheme(placement=placement, weight_range="mse")
+    for tuner in (SQuant(), Reconstruct(steps=2, images=8, batch_size=4)):
+        student = quantize(teacher, Noise(), scheme=scheme, tuner=tuner, images=8, calibration_images=8).student
+        assert student.size().weight_bytes == (8 * 27 + 8 * 9 + 40) // 2

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from mirageq import Scheme, Teacher, UserError
-from mirageq.graph import capture, layer_name
+from mirageq.capture import capture
+from mirageq.graph import layer_name
 from mirageq.quant import convert
 from mirageq.quant.equalize import equalize, find_pairs
 from mirageq.quant.fold import fold_batch_norms
@@ -99,3 +100,22 @@ def test_a_channel_that_carries_nothing_is_left_as_it_is():
     equalize(module)
     assert torch.allclose(module(images), before, rtol=1e-4, atol=1e-5)
     assert module.get_parameter("depthwise.bias").detach().abs().max() < 10
+
+
+@pytest.mark.parametrize("kind", ["tied", "from the image"])
+def test_a_bias_that_is_not_the_layers_own_keeps_it_as_it_is(kind):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.fc = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 5, 1)
+            if kind == "tied":
+                self.b.bias = self.a.bias
+
+        def forward(self, x):
+            bias = self.a.bias if kind == "tied" else self.a.bias * x.mean()
+            return self.fc(torch.relu(self.b(torch.relu(nn.functional.conv2d(x, self.a.weight, bias))))).mean((2, 3))
+
+    network, images = capture(Net(), (3, 8, 8)), torch.randn(2, 3, 8, 8)
+    before = network(images)
+    assert [layer_name(pair.first) for pair in equalize(network)] == ([] if kind == "tied" else ["b"])
+    torch.testing.assert_close(network(images), before)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from mirageq.graph import aten, batch_norms, capture, weighted
+from mirageq.capture import capture
+from mirageq.graph import aten, batch_norms, weighted
 from mirageq.quant.fold import fold_batch_norms
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)

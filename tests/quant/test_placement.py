@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mirageq.graph import capture
+from mirageq.capture import capture
 from mirageq.quant import Scheme, convert
 from mirageq.testing import SHAPE, TinyResNet
 
@@ -127,12 +127,28 @@ def test_what_an_integer_runtime_cannot_do_is_reported():
 
         def forward(self, x):
             x = self.norm(self.conv(x)) * self.gamma
-            return self.fc(F.linear(x.mean((2, 3)), self.made - self.made.mean(), self.fc.weight.sum(0)))
+            return self.fc(F.linear(x.mean((2, 3)), self.made - x.mean(), self.fc.weight.sum(0)))
 
     reasons = dict(placed(Odd()).left_in_float())
     assert "layer_norm is computed in float" in reasons["conv.layer_norm"]
     assert "read by mul" in reasons["gamma"]
     assert "computed in forward" in reasons["conv.linear"]
+
+
+def test_padding_that_only_max_pools_see_keeps_the_grid():
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+
+        def forward(self, x):
+            x = F.pad(self.conv(x), (0, 1, 0, 1), value=-torch.inf)
+            return self.fc(F.max_pool2d(x, 3, 2).mean((2, 3)))
+
+    student = placed(Padded())
+    assert list(student.activation_quantizers) == ["image", "conv", "conv.mean"]
+    student.calibrate([torch.randn(4, *SHAPE)])
+    assert student(torch.randn(4, *SHAPE)).isfinite().all()
 
 
 def test_first_and_last_bits():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mirageq import Noise, Scheme, Teacher, UserError
-from mirageq.graph import capture
+from mirageq.capture import capture
 from mirageq.quant import convert
 from mirageq.quant.remembered import MOMENTS, Remembering, matched
 from mirageq.testing import TinyResNet
@@ -81,3 +81,32 @@ def test_a_channel_that_hardly_varies_is_remembered_as_smaller_than_gamma():
     student = convert(Teacher.wrap(network, SHAPE).network, Scheme(placement="paper", ranges_from="batch_norms"))
     (node,) = (node for node in student.network.graph.nodes if MOMENTS in node.meta)
     assert torch.allclose(node.meta[MOMENTS][1], network.norm.weight.abs() * 0.75**0.5)
+
+
+def test_one_number_a_channel_gets_the_mean():
+    mean, deviation = torch.tensor([1.0, 2.0]), torch.ones(2)
+    assert matched(torch.zeros(1, 2), mean, deviation).tolist() == [[1.0, 2.0]]
+    assert matched(torch.zeros(1, 2, 1, 1), mean, deviation).shape == (1, 2, 1, 1)
+
+
+def test_a_scale_that_follows_the_images_is_said():
+    class Own(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn, self.fc = torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Linear(4, 5)
+
+        def forward(self, x):
+            x, bn = self.conv(x), self.bn
+            scale = bn.weight * x.mean()
+            return self.fc(
+                torch.batch_norm(x, scale, bn.bias, bn.running_mean, bn.running_var, False, 0.1, 1e-5, False).mean(
+                    (2, 3)
+                )
+            )
+
+    network = capture(Own(), (3, 8, 8))
+    convert(network, Scheme())
+    with pytest.raises(UserError, match="computes its scale or shift from the images, and remembers none"):
+        convert(network, Scheme(ranges_from="batch_norms"))
+    with pytest.raises(UserError, match="computes its scale or shift from the images; only stored ones can be folded"):
+        convert(network, Scheme(placement="deploy"))

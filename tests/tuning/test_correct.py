@@ -67,3 +67,24 @@ def test_another_tuner_follows(teacher):
     assert not torch.equal(*weights)
     with pytest.raises(UserError, match="images must be positive; got 0"):
         Correct(images=0)
+
+
+@pytest.mark.parametrize("placement", ["paper", "deploy"])
+def test_a_linear_layer_of_tokens_is_corrected_channel_by_channel(placement):
+    class Tokens(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.mix, self.fc = torch.nn.Conv2d(3, 8, 3), torch.nn.Linear(8, 16), torch.nn.Linear(16, 5)
+
+        def forward(self, x):
+            tokens = torch.relu(self.mix(torch.relu(self.conv(x)).flatten(2).transpose(1, 2)))
+            return self.fc(tokens.mean(1))
+
+    teacher = Teacher.wrap(Tokens(), (3, 8, 8))
+    source = Noise().synthesize(teacher, 64)
+    images = source.sample(64).images
+    student = convert(teacher.network, Scheme(weight_bits=3, activation_bits=8, placement=placement))
+    calibrate(student, source, 64)
+    before = (student(images) - teacher(images)).mean(0).abs().max()
+    Correct(images=64).tune(teacher, student, source)
+    assert (student(images) - teacher(images)).mean(0).abs().max() < 0.2 * before

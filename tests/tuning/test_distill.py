@@ -194,7 +194,7 @@ def test_hard_labels_count_only_where_the_teacher_is_sure():
     assert float(confident_cross_entropy(logits, target, labels, 0.3)) == pytest.approx(slow, rel=1e-5)
     plain = torch.nn.functional.cross_entropy(logits, labels)
     assert torch.allclose(confident_cross_entropy(logits, target, labels, 0.0), plain)
-    with pytest.raises(UserError, match="ce_confidence is a probability"):
+    with pytest.raises(UserError, match=r"ce_confidence lies in \[0, 1\]; got 1.5"):
         Distill(ce_confidence=1.5)
 
 
@@ -218,3 +218,11 @@ def test_a_state_is_good_once_its_loss_was_seen(teacher, source):
     assert run.update(teacher, batches, print) is None
     assert all(value.isfinite().all() for value in student.parameters())
     assert run.update(teacher, batches, print)
+
+
+def test_learned_steps_stay_positive(teacher, source):
+    student = convert(teacher.network, Scheme(placement="deploy", learned_steps=True, weight_range="mse"))
+    calibrate(student, source, 64)
+    Distill(steps=20, batch_size=16, optimizer="adam", lr=5e-2).tune(teacher, student, source)
+    for quantizer in (*student.weight_quantizers.values(), *student.activation_quantizers.values()):
+        assert (quantizer.scale > 0).all()

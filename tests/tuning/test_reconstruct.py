@@ -258,3 +258,25 @@ def test_steps_of_all_channels_learn_at_one_rate_relative_to_their_size():
     (soft(weight)[0] / weight.abs().amax(1, keepdim=True)).sum().backward()
     optimizer.step()
     assert (soft.scale / before - 1).abs().flatten().tolist() == pytest.approx([0.1] * 3, rel=1e-2)
+
+
+def test_a_layer_that_is_read_twice_in_a_block_has_one_rounding():
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.conv = torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.Conv2d(8, 8, 3, padding=1)
+            self.fc = torch.nn.Linear(8, 5)
+
+        def forward(self, x):
+            x = torch.relu(self.stem(x))
+            return self.fc(torch.relu(x + self.conv(torch.relu(self.conv(x)))).mean((2, 3)))
+
+    teacher = Teacher.wrap(Twice(), SHAPE)
+    source = Noise().synthesize(teacher, 64)
+    student, images = student_of(teacher, source), source.sample(64).images
+    before = (student(images) - teacher(images)).square().mean()
+    Reconstruct(**QUICK).tune(teacher, student, source)
+    assert (student(images) - teacher(images)).square().mean() < before
+    quantizer = student.weight_quantizers["conv"]
+    codes = student.network.get_parameter("conv.weight") / quantizer.scale
+    assert codes.round().detach() == pytest.approx(codes.detach(), abs=1e-3)

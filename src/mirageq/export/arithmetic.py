@@ -107,7 +107,7 @@ def _bias(network: GraphModule, layer: Node, channels: int) -> Tensor:
     """(O,) float64, as it was settled; zeros for a layer without."""
     node = layer.args[2] if len(layer.args) > 2 else None
     if node is None:
-        return torch.zeros(channels, dtype=torch.float64)
+        return torch.zeros(channels, dtype=torch.float64, device=next(network.parameters()).device)
     part = network.get_submodule(node.target) if node.op == "call_module" else None
     return part.value if isinstance(part, _Constant) else stored(network, node).double()
 

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import copy
 import operator
+from itertools import takewhile
 
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from mirageq.errors import UserError
-from mirageq.graph import LINEAR, WEIGHTED, batch_norms, feature_node, layer_name, share, stored, weighted
+from mirageq.graph import WEIGHTED, batch_norms, free_name, last_layer, layer_name, share, stored, weighted
+from mirageq.observe import pooled_features
 from mirageq.quant.equalize import equalize
-from mirageq.quant.fold import fold_batch_norms
-from mirageq.quant.operations import free_name, stored_bias
+from mirageq.quant.fold import fold_batch_norms, is_folded_norm
+from mirageq.quant.operations import stored_bias
 from mirageq.quant.placement import Plan, activations, feeding, plan
 from mirageq.quant.quantizers import ActivationQuantizer, BiasQuantizer, WeightQuantizer
 from mirageq.quant.remembered import MOMENTS, remember_moments
@@ -23,14 +25,14 @@ from mirageq.quant.scheme import Scheme
 from mirageq.quant.student import Student, stored_bytes
 
 IMAGE_BITS = 8
-"""Of the image in the placement "deploy", whatever the other activations have."""
+"""Of the image in the placement "deploy", and of what normalises it, whatever the other activations have."""
 
 
 def convert(network: GraphModule, scheme: Scheme) -> Student:
     """A student: the same function with quantizers, on copies of all tensors. It must be calibrated before use.
 
     Args:
-        network: what `mirageq.graph.capture` gives; not modified.
+        network: what `mirageq.capture.capture` gives; not modified.
         scheme: what to quantize and how.
 
     Returns:
@@ -44,14 +46,15 @@ def convert(network: GraphModule, scheme: Scheme) -> Student:
         >>> student.calibrate(images.split(64))
         >>> logits = student(images)
     """
-    feature_node(network.graph)
+    last_layer(network.graph)  # refuses a network without one
     if scheme.ranges_from == "batch_norms" and not batch_norms(network.graph):
         raise UserError(
             "Ranges from batch_norms need BatchNorm layers, and this network has none. Use scheme.ranges_from=images."
         )
     float_bytes = stored_bytes(network)
     module = copy.deepcopy(network)
-    remember_moments(module)
+    if scheme.ranges_from == "batch_norms":
+        remember_moments(module)
     if scheme.placement == "deploy":
         module = fold_batch_norms(module)
     if scheme.equalize:
@@ -59,33 +62,38 @@ def convert(network: GraphModule, scheme: Scheme) -> Student:
     for parameter in module.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     graph = module.graph
-    layers = weighted(graph)
-    last = ([layer for layer in layers if layer.target is LINEAR] or layers)[-1]
+    layers, last = weighted(graph), last_layer(graph)
+    leading = list(takewhile(is_folded_norm, layers))  # norms of the image itself belong to the first layer behind them
+    first = layers[min(len(leading), len(layers) - 1)]
     planned = plan(graph, scheme.placement)
     reads = {layer: (layer.args[0], stored_bias(layer)) for layer in layers}  # before quantizers come between
 
     read = {feeding(source, planned) for source, _ in reads.values()}
-    bits = _special_bits(graph, planned, scheme, layers[0], last)
+    bits = _special_bits(graph, planned, scheme, leading, first, last)
     paths = _quantize_activations(module, planned, scheme, read, bits)
-    scales = _quantize_weights(module, layers, scheme, {layers[0].args[1].target, last.args[1].target})
+    ends = {layer.args[1].target for layer in (*leading, first, last)}
+    scales = _quantize_weights(module, layers, scheme, ends)
     if scheme.placement == "deploy":
         _round_biases(module, reads, planned, paths, scales)
 
     (output,) = graph.find_nodes(op="output")
-    output.args = ((output.args[0], last.args[0]),)
+    output.args = ((output.args[0], pooled_features(graph, last)),)
     graph.eliminate_dead_code()
     graph.lint()
     return Student(share(module, graph), scheme, planned.left_in_float, float_bytes)
 
 
-def _special_bits(graph: Graph, planned: Plan, scheme: Scheme, first: Node, last: Node) -> dict[Node | None, int]:
+def _special_bits(
+    graph: Graph, planned: Plan, scheme: Scheme, leading: list[Node], first: Node, last: Node
+) -> dict[Node | None, int]:
     """The bits of the image, and of what the scheme names apart: what the first layer gives, what the last reads."""
     bits: dict[Node | None, int] = {}
+    flow = activations(graph)
     if scheme.first_output_bits is not None:
-        bits |= {node: scheme.first_output_bits for node, layer in activations(graph).items() if layer is first}
+        bits |= {node: scheme.first_output_bits for node, layer in flow.items() if layer is first}
     if scheme.first_last_bits is not None:
         bits[feeding(last.args[0], planned)] = scheme.first_last_bits
-    return bits | {node: IMAGE_BITS for node in graph.find_nodes(op="placeholder")}
+    return bits | {node: IMAGE_BITS for node, layer in flow.items() if layer.op == "placeholder" or layer in leading}
 
 
 def _quantize_activations(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from mirageq.graph import WEIGHTED, is_stored, stored, weighted
+from mirageq.graph import WEIGHTED, argument, is_stored, stored, weighted
 from mirageq.quant.operations import CLAMPS, kind, limits, only_reader, stored_bias
 from mirageq.quant.remembered import MOMENTS
 
@@ -65,7 +65,7 @@ def equalize(module: GraphModule) -> list[Pair]:
 
 
 def find_pairs(module: GraphModule) -> list[Pair]:
-    """The pairs of neighbours: no other reader in between, no weight read twice, a ReLU at most."""
+    """The pairs of neighbours: no other reader in between, no weight or bias read twice, a ReLU at most."""
     pairs = []
     for layer in weighted(module.graph):
         node, reader = layer, only_reader(layer)
@@ -78,7 +78,9 @@ def find_pairs(module: GraphModule) -> list[Pair]:
 
 def _fit(module: GraphModule, first: Node, second: Node) -> bool:
     """Whether the second layer reads the first one's channels all together, or each by itself."""
-    if not is_stored(second.args[1]) or any(len(layer.args[1].users) > 1 for layer in (first, second)):
+    bias = argument(first, 2, "bias", None)
+    changed = [first.args[1], second.args[1]] + ([] if bias is None else [bias])
+    if not all(is_stored(value) and len(value.users) == 1 for value in changed):
         return False
     outputs, inputs = stored(module, first.args[1]).shape[0], stored(module, second.args[1]).shape
     same_kind = first.meta["val"].dim() == second.meta["val"].dim()

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from mirageq.errors import UserError
-from mirageq.graph import LINEAR, WEIGHTED, argument, aten, batch_norms, is_stored, layer_name, stored
-from mirageq.quant.operations import free_name
+from mirageq.graph import LINEAR, WEIGHTED, argument, aten, batch_norms, free_name, is_stored, layer_name, stored
 from mirageq.quant.remembered import MOMENTS
+
+FOLDED = "folded norm"
+"""The key of the `meta` of a convolution that was a norm."""
 
 POINTWISE = {3: aten.conv1d.default, 4: aten.conv2d.default, 5: aten.conv3d.default}
 
@@ -45,13 +47,18 @@ def fold_batch_norms(module: GraphModule) -> GraphModule:
     return module
 
 
+def is_folded_norm(layer: Node) -> bool:
+    """Whether a layer is what became of a norm that no layer came before."""
+    return FOLDED in layer.meta
+
+
 def _gain_and_shift(module: GraphModule, node: Node) -> tuple[Tensor, Tensor]:
     """(C,) each, in float64: products of small numbers are rounded once, in the folded weight."""
     _, gamma, beta, mean, var, _, _, eps, *_ = node.args
-    if not (is_stored(mean) and is_stored(var)):
+    if not all(value is None or is_stored(value) for value in (gamma, beta)):
         raise UserError(
-            f"The batch normalisation '{node.name}' computes its statistics in forward; only stored ones can be "
-            "folded. Use the placement 'paper'."
+            f"The batch normalisation '{node.name}' computes its scale or shift from the images; only stored ones can "
+            "be folded. Use the placement 'paper'."
         )
     deviation = (stored(module, var).detach().double() + eps).sqrt()
     gain = (stored(module, gamma).detach().double() if gamma is not None else 1.0) / deviation
@@ -97,6 +104,7 @@ def _replace(module: GraphModule, node: Node, gain: Tensor, shift: Tensor) -> No
         rank = max(dimensions - 2, 1)
         conv = POINTWISE[rank + 2]
         result = _call(module, node, conv, x, weight, bias, [1] * rank, [0] * rank, [1] * rank, len(gain))
+        result.meta[FOLDED] = True
         if dimensions == 2:
             x.meta["val"] = result.meta["val"] = node.meta["val"].unsqueeze(2)
             result = _call(module, node, aten.squeeze.dim, result, 2)

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Container
 
 import torch
 from torch.fx import Node
 
-from mirageq.graph import WEIGHTED, argument, is_stored, pads_with_zeros
+from mirageq.graph import WEIGHTED, argument, is_stored, padding
 
 CLAMPS = {"relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max"}
 """Activation functions that only cut off: an integer runtime does them while it rounds the operation before."""
@@ -56,20 +55,16 @@ def kind(node: Node) -> str:
     return "getitem" if node.target is operator.getitem else str(node.target)
 
 
-def free_name(name: str, taken: Container[str]) -> str:
-    """`name`, or `name_2` and so on if it is taken."""
-    candidate, copies = name, 1
-    while candidate in taken:
-        copies += 1
-        candidate = f"{name}_{copies}"
-    return candidate
-
-
 def keeps_grid(node: Node) -> bool:
-    """Whether every value that comes out of the node went into it, zeros aside (which every grid holds)."""
+    """Whether every value that comes out of the node went into it, zeros aside (which every grid holds).
+
+    And what pads with -inf for max pools alone, which give none of it on.
+    """
     name = kind(node)
     copies = name == "pad" and argument(node, 2, "mode", "constant") != "constant"
-    return copies or pads_with_zeros(node) or name in KEEPERS or (name == "cat" and len(node.all_input_nodes) == 1)
+    unseen = padding(node) == -math.inf and all(kind(reader).startswith("max_pool") for reader in node.users)
+    of_one = name == "cat" and len(node.all_input_nodes) == 1
+    return copies or unseen or padding(node) == 0 or name in KEEPERS or of_one
 
 
 def limits(node: Node) -> tuple[float, float]:

@@ -16,14 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
-from mirageq.graph import BATCH_NORM, WEIGHTED, is_stored, layer_name
+from mirageq.graph import BATCH_NORM, WEIGHTED, free_name, is_stored, layer_name
 from mirageq.quant.operations import (
     AVERAGES,
     CLAMPS,
     CURVES,
     FINISHERS,
     INTEGER,
-    free_name,
     holds_numbers,
     keeps_grid,
     kind,

@@ -70,7 +70,7 @@ class WeightQuantizer(nn.Module):
     def affine(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point, both (O, 1, ...)."""
         if self.fixed:
-            return _positive(self.scale), self.zero_point  # type: ignore[return-value]
+            return self.scale, self.zero_point  # type: ignore[return-value]
         return affine_parameters(*weight_range(weight, "minmax", self.bits, self.symmetric), self.bits, self.symmetric)
 
     def fix(self, scale: Tensor) -> None:
@@ -138,7 +138,7 @@ class ActivationQuantizer(nn.Module):
             )
         bounds, zero_point = grid(self.bits, self.symmetric), self.zero_point
         if self.learned:
-            return learned_fake_quantize(x, _positive(self.scale), zero_point, *bounds)  # type: ignore[arg-type]
+            return learned_fake_quantize(x, self.scale, zero_point, *bounds)  # type: ignore[arg-type]
         return fake_quantize(x, self.scale, zero_point, *bounds, self.clip_gradient)  # type: ignore[arg-type]
 
     def observe(self, observer: RangeObserver) -> None:
@@ -209,9 +209,12 @@ def _register_scale(quantizer: nn.Module, scale: Tensor, learned: bool) -> None:
         quantizer.register_buffer("scale", scale)
 
 
-def _positive(scale: Any) -> Tensor:
-    """A learned scale that a step took below the smallest one counts as the smallest."""
-    return scale.clamp(min=SMALLEST_SCALE) if scale.requires_grad else scale
+@torch.no_grad()
+def keep_positive(network: nn.Module) -> None:
+    """Bring learned scales that an update took below the smallest one back to it, from where they can grow again."""
+    for part in network.modules():
+        if isinstance(part, (WeightQuantizer, ActivationQuantizer)) and part.learned:
+            part.scale.clamp_(min=SMALLEST_SCALE)  # type: ignore[operator]
 
 
 def _read_calibrated(module: Any, _: Any) -> None:

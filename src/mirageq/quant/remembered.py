@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from mirageq.graph import batch_norms, stored
+from mirageq.errors import UserError
+from mirageq.graph import batch_norms, is_stored, stored
 
 MOMENTS = "remembered"
 """The key of a node's `meta` under which the moments of its output lie, two of (C,)."""
@@ -29,6 +30,11 @@ def remember_moments(network: GraphModule) -> None:
     """Note at each batch normalisation the mean and deviation of its output; folding hands them on to the layer."""
     for node in batch_norms(network.graph):
         _, gamma, beta, _, var, *_ = node.args
+        if not all(value is None or is_stored(value) for value in (gamma, beta)):
+            raise UserError(
+                f"The batch normalisation '{node.name}' computes its scale or shift from the images, and remembers "
+                "none. Use scheme.ranges_from=images."
+            )
         variance, eps = stored(network, var), node.args[7]
         deviation = (variance / (variance + eps)).sqrt()  # of a normalised channel: below 1 where it hardly varies
         if gamma is not None:
@@ -47,4 +53,6 @@ class Remembering(Interpreter):
 
 def matched(x: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
     """(N, C, ...) shifted and scaled so that each channel has this mean and deviation, both (C,)."""
+    if x.numel() == x.shape[1]:  # one number a channel has no deviation
+        return mean.to(x.device).view(1, -1, *[1] * (x.dim() - 2)).expand_as(x)
     return F.batch_norm(x, None, None, deviation.to(x.device), mean.to(x.device), training=True, eps=1e-12)

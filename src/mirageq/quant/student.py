@@ -14,7 +14,6 @@ from torch.fx import GraphModule
 
 from mirageq.errors import UserError
 from mirageq.graph import share, stored
-from mirageq.observe import pool
 from mirageq.quant.fake_quant import INT32_LIMIT
 from mirageq.quant.quantizers import ActivationQuantizer, BiasQuantizer, WeightQuantizer
 from mirageq.quant.ranges import range_observer
@@ -82,7 +81,7 @@ class Student(nn.Module):
     def observe(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (N, classes) and the features (N, D) the last layer reads, averaged over space if need be."""
         logits, features = self.network(images)
-        return logits, pool(features)
+        return logits, features
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Tensor]) -> None:
@@ -132,14 +131,14 @@ class Student(nn.Module):
                 found[part.name] = stored(self.network, bias).detach(), step.detach()
         return found
 
-    def quantized_weights(self) -> list[tuple[WeightQuantizer, nn.Parameter]]:
+    def quantized_weights(self) -> list[tuple[WeightQuantizer, Tensor]]:
         """Each quantizer with the weight it is for, once, however many layers read it; in order of computation."""
-        found: dict[str, WeightQuantizer] = {}
+        found: dict[str, tuple[WeightQuantizer, Tensor]] = {}
         for node in self.network.graph.find_nodes(op="call_module"):
             part = self.network.get_submodule(node.target)
             if isinstance(part, WeightQuantizer):
-                found[node.args[0].target] = part
-        return [(part, self.network.get_parameter(path)) for path, part in found.items()]
+                found[node.args[0].target] = part, stored(self.network, node.args[0])
+        return list(found.values())
 
     def left_in_float(self) -> list[tuple[str, str]]:
         """What is not quantized: (tensor or operation, reason)."""
@@ -151,7 +150,10 @@ class Student(nn.Module):
         result = copied.graph_copy(self.network.graph, {})
         assert isinstance(result, tuple)
         copied.output(result[0])
-        return share(self.network, copied)
+        network = share(self.network, copied)
+        network.graph.eliminate_dead_code()
+        network.recompile()
+        return network
 
     def size(self) -> Size:
         """How many bytes the student takes."""

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from mirageq.errors import check_positive
-from mirageq.graph import BATCH_NORM, WEIGHTED, is_stored, running_statistics, stored
+from mirageq.graph import BATCH_NORM, LINEAR, WEIGHTED, is_stored, running_statistics, stored
 from mirageq.images import ImageSource
 from mirageq.journal import Journal
 from mirageq.moments import channel_statistics
@@ -82,8 +82,13 @@ class _Measure(Interpreter):
             self.moments[n.name] = channel_statistics(self.env[n.args[0]])
         value = super().run_node(n)
         if n.target in WEIGHTED:
-            self.moments[n.name] = channel_statistics(value)
+            self.moments[n.name] = channel_statistics(_channels_second(n, value))
         return value
+
+
+def _channels_second(layer: Node, value: Tensor) -> Tensor:
+    """A view (N, C, ...) of what a layer gives; a linear one, of tokens too, has its channels last."""
+    return value.movedim(-1, 1) if layer.target is LINEAR else value
 
 
 class _Correction(Interpreter):
@@ -98,9 +103,10 @@ class _Correction(Interpreter):
             self._move_norm(n)
         value = super().run_node(n)
         if n.target in WEIGHTED and self.settings.biases and (bias := self._bias(n)) is not None:
-            shift = channel_statistics(value)[0] - self.meant[n.name][0]
+            channels = _channels_second(n, value)
+            shift = channel_statistics(channels)[0] - self.meant[n.name][0]
             bias.sub_(shift)
-            value = value - shift.view(-1, *[1] * (value.dim() - 2))
+            channels.sub_(shift.view(-1, *[1] * (channels.dim() - 2)))
         return value
 
     def _move_norm(self, n: Node) -> None:

@@ -33,6 +33,7 @@ from mirageq.journal import Journal
 from mirageq.losses import distillation
 from mirageq.paint import cosine
 from mirageq.quant import Student
+from mirageq.quant.quantizers import keep_positive
 from mirageq.seeding import stream
 from mirageq.teacher import Teacher
 from mirageq.tuning.guard import DivergenceGuard
@@ -195,6 +196,7 @@ class _Run:
         if settings.clip_norm:
             torch.nn.utils.clip_grad_norm_(self.student.parameters(), settings.clip_norm)
         self.optimizer.step()
+        keep_positive(self.student)
         self.step += 1
         return {**{name: float(term.detach()) for name, term in terms.items()}, "lr": rate}
 

@@ -23,10 +23,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from mirageq.augment import low_passed, mixed
 from mirageq.errors import UserError, check_not_negative, check_positive
+from mirageq.graph import stored
 from mirageq.images import ImageSource
 from mirageq.journal import Checkpoint, Journal
 from mirageq.paint import cosine
@@ -69,7 +70,8 @@ class Reconstruct:
         rounding_weight: of the term that makes roundings decide; it starts after a fifth of the steps.
         layers_per_block: neighbouring blocks with fewer layers are joined.
         most_layers: a block with more layers is taken layer by layer, and the journal says so.
-        cache_bytes: of memory for cached activations; what does not fit lies in temporary files.
+        cache_bytes: of memory for cached activations, half as much again where layers are taken one by one; what does
+            not fit lies in temporary files.
         then: a tuner to go on with once every block is done, `[tuner.then]` in a recipe; distillation brings the blocks
             together.
     """
@@ -223,23 +225,26 @@ class Reconstruct:
             loss.backward()
             optimizer.step()
         for node, part in weights.items():
-            part.settle(network.get_submodule(node.target), network.get_parameter(node.args[0].target))
+            part.settle(network.get_submodule(node.target), stored(network, node.args[0]))
         for node, soft in activations.items():
             soft.settle(network.get_submodule(node.target))
         return before, _error(between(network, block.start, block.end), quantized, target)
 
     def _soften(self, network: GraphModule, run: GraphModule, dropping: Dropping):
         """Put learning quantizers in the place of those that a block calls."""
-        weights, activations = {}, {}
+        weights: dict[Node, SoftWeight] = {}
+        activations: dict[Node, DroppingActivation] = {}
         for node in run.graph.find_nodes(op="call_module"):
             part = network.get_submodule(node.target)
             if isinstance(part, WeightQuantizer):
-                weight = network.get_parameter(node.args[0].target)
-                weights[node] = SoftWeight(part, weight, bool(self.weight_scale_lr))
+                if node.target not in {other.target for other in weights}:  # a layer may be read twice
+                    weight = stored(network, node.args[0])
+                    weights[node] = SoftWeight(part, weight, bool(self.weight_scale_lr))
             elif isinstance(part, ActivationQuantizer):
                 activations[node] = DroppingActivation(part, dropping)
-        for node, soft in {**weights, **activations}.items():
-            run.set_submodule(node.target, soft)
+        for softened in (weights, activations):
+            for node, soft in softened.items():
+                run.set_submodule(node.target, soft)
         return weights, activations
 
 
@@ -249,7 +254,10 @@ def _blocks(network: GraphModule, layers_per_block: int) -> list[Block]:
 
 
 def _sites(cache: Cache) -> int:
-    """Places of a feature map, over which the squared error is averaged; it is summed over channels, as in BRECQ."""
+    """Places of a feature map, over which the squared error is averaged; it is summed over channels, as in BRECQ.
+
+    Of tokens (N, T, C) it is the other way round, which only weighs the error against the rounding term.
+    """
     return max(int(np.prod(cache.shape[2:])), 1)
 
 

@@ -6,6 +6,7 @@ from torch import nn
 from torch.export import Dim, export
 
 from mirageq import graph
+from mirageq.capture import capture, load_exported, on_device
 from mirageq.errors import UserError
 from mirageq.teacher import Teacher
 from mirageq.testing import SHAPE, TinyResNet
@@ -30,7 +31,7 @@ class InPlace(nn.Module):
 def test_capture_agrees_with_the_model_and_leaves_it_alone():
     model = InPlace().train()
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    captured = graph.capture(model, SHAPE)
+    captured = capture(model, SHAPE)
     assert model.training
     images = torch.randn(5, *SHAPE)
     assert torch.equal(captured(images), InPlaceEval(model)(images))
@@ -68,17 +69,119 @@ class Padded(nn.Module):
 
 def test_convolutions_do_the_padding_with_zeros_that_they_can():
     model, images = Padded().eval(), torch.randn(3, 3, 128, 128)
-    captured = graph.capture(model, (3, 128, 128))
+    captured = capture(model, (3, 128, 128))
     assert torch.allclose(captured(images), model(images), atol=1e-6)
     layers = graph.weighted(captured.graph)
     assert [layer.args[4] for layer in layers[:2]] == [[2, 1], [2, 1]]
-    outside = [place for place, layer in enumerate(layers) if graph.pads_with_zeros(layer.args[0])]
+    outside = [place for place, layer in enumerate(layers) if graph.padding(layer.args[0]) == 0]
     assert (len(layers), outside) == (8, [2, 3, 6])
     assert len([node for node in captured.graph.nodes if "pad" in str(node.target)]) == 5
 
 
+class Tokens(nn.Module):
+    """Pixels as tokens, by a transposition that leaves memory as it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.mix, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 4), nn.Linear(4 * 14 * 14, 5)
+
+    def forward(self, x):
+        tokens = self.mix(self.conv(x).float().permute(0, 2, 3, 1))
+        return self.fc(tokens.transpose(1, 2).flatten(1))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_what_is_transposed_may_change_its_shape(layout):
+    model, images = Tokens().eval(), torch.randn(3, *SHAPE).contiguous(memory_format=layout)
+    captured = capture(model, SHAPE)
+    assert torch.allclose(captured(images), model(images), atol=1e-6)
+    assert torch.allclose(captured.double()(images.double()).float(), model(images), atol=1e-5)
+
+
+class Standardised(nn.Module):
+    """Weights and norms that are computed in forward: from stored tensors alone, from none, and from the image."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.fc = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Linear(6, 4)
+        self.mix = nn.Parameter(torch.randn(6, 6, 1, 1))
+
+    def forward(self, x):
+        weight = self.conv.weight
+        weight = (weight - weight.mean((1, 2, 3), keepdim=True)) / weight.std((1, 2, 3), keepdim=True)
+        bn = self.bn
+        x = nn.functional.conv2d(x, weight, self.conv.bias * 2)
+        x = nn.functional.batch_norm(x, bn.running_mean * 2, bn.running_var, bn.weight.abs() + 1e-5, bn.bias)
+        x = nn.functional.conv2d(x, torch.ones(6, 1, 2, 2) / 4, groups=6)
+        x = nn.functional.conv2d(nn.functional.conv2d(x, self.mix * 2), self.mix * 3)
+        x = nn.functional.conv2d(x, x.mean().expand(6, 1, 1, 1), groups=6)
+        return self.fc(x.mean((2, 3)))
+
+
+def test_what_layers_read_is_computed_once_if_no_image_is_in_it():
+    model, images = Standardised().eval(), torch.randn(3, *SHAPE)
+    captured = capture(model, SHAPE)
+    assert torch.allclose(captured(images), model(images), atol=1e-5)
+    layers = graph.weighted(captured.graph)
+    weights = ["conv.weight_computed", "conv2d_1_computed", "mix_computed", "mix_computed_2", "fc.weight"]
+    assert [layer.args[1].target for layer in layers] == weights
+    assert layers[0].args[2].target == "conv.bias_computed"
+    (norm,) = graph.batch_norms(captured.graph)
+    assert norm.args[1].target == "bn.weight_computed"
+    assert norm.args[3].target == "bn.running_mean_computed"
+    assert "bn.running_mean_computed" in dict(captured.named_buffers())
+    assert "conv.weight" not in dict(captured.named_parameters())
+
+
+def test_tensors_made_on_the_way_are_made_on_the_device():
+    class Padding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(8, 5)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return self.fc(torch.cat([x, torch.zeros(x.shape, device=x.device)], 1).mean((2, 3)))
+
+    captured = on_device(capture(Padding(), SHAPE), "meta")
+    assert captured(torch.empty(2, *SHAPE, device="meta")).shape == (2, 5)
+
+
+def test_the_last_layer_is_the_one_computed_last():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.gate, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 8), nn.Conv2d(8, 5, 1)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return self.head(x * self.gate(x.mean((2, 3)))[:, :, None, None]).mean((2, 3))
+
+    assert graph.layer_name(graph.last_layer(capture(Gated(), SHAPE).graph)) == "head"
+
+
+def test_norms_without_running_statistics_are_refused():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.Flatten(), nn.Linear(784, 5)
+    )
+    with pytest.raises(UserError, match="or the norm keeps no running ones"):
+        capture(model, SHAPE)
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return self.fc(nn.functional.batch_norm(x, x.mean((0, 2, 3)), x.var((0, 2, 3))).mean((2, 3)))
+
+    with pytest.raises(UserError, match="computes its statistics from the images"):
+        Teacher.wrap(Own().requires_grad_(False), SHAPE)
+
+
 def test_layers_keep_their_names():
-    captured = graph.capture(TinyResNet(), SHAPE)
+    captured = capture(TinyResNet(), SHAPE)
     assert [graph.layer_name(node) for node in graph.batch_norms(captured.graph)] == ["bn1", "bn2", "bn3"]
     assert [graph.layer_name(node) for node in graph.weighted(captured.graph)] == ["conv1", "conv2", "conv3", "linear"]
 
@@ -102,7 +205,7 @@ def test_observation_equals_what_hooks_on_the_model_see():
 def test_an_exported_file_serves_as_well_as_the_model(tmp_path):
     model = TinyResNet()
     torch.export.save(export(model, (torch.zeros(2, *SHAPE),), dynamic_shapes=({0: Dim("n")},)), tmp_path / "net.pt2")
-    program, shape = graph.load_exported(tmp_path / "net.pt2")
+    program, shape = load_exported(tmp_path / "net.pt2")
     assert shape == SHAPE
     teacher = Teacher.wrap(program, shape)
     images = torch.randn(7, *SHAPE)
@@ -113,15 +216,15 @@ def test_an_exported_file_serves_as_well_as_the_model(tmp_path):
 def test_a_file_exported_for_one_batch_size_is_refused(tmp_path):
     torch.export.save(export(TinyResNet(), (torch.zeros(2, *SHAPE),)), tmp_path / "net.pt2")
     with pytest.raises(UserError, match="exported for batches of exactly 2"):
-        graph.load_exported(tmp_path / "net.pt2")
+        load_exported(tmp_path / "net.pt2")
 
 
 def test_a_damaged_exported_file_is_named_and_torch_says_nothing_besides(tmp_path, capfd):
     (tmp_path / "net.pt2").write_bytes(b"nonsense")
     with pytest.raises(UserError, match="net.pt2 is not a readable exported program"):
-        graph.load_exported(tmp_path / "net.pt2")
+        load_exported(tmp_path / "net.pt2")
     with pytest.raises(UserError, match="torch.export cannot capture"):
-        graph.capture(Branching(), SHAPE)
+        capture(Branching(), SHAPE)
     assert capfd.readouterr() == ("", "")
 
 
@@ -133,13 +236,13 @@ def test_an_exported_file_with_two_inputs_is_refused(tmp_path):
     inputs = torch.zeros(2, *SHAPE), torch.ones(())
     torch.export.save(export(Scaled(), inputs, dynamic_shapes=({0: Dim("n")}, None)), tmp_path / "net.pt2")
     with pytest.raises(UserError, match="must take one image tensor"):
-        graph.load_exported(tmp_path / "net.pt2")
+        load_exported(tmp_path / "net.pt2")
 
 
 def test_a_program_exported_in_training_mode_is_refused():
     program = export(TinyResNet().train(), (torch.zeros(2, *SHAPE),), dynamic_shapes=({0: Dim("n")},))
     with pytest.raises(UserError, match="training mode"):
-        graph.capture(program, SHAPE)
+        capture(program, SHAPE)
 
 
 class Branching(TinyResNet):
