@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch.export import Dim, export
 
 from mirageq import Distill, Teacher, ZeroQ, cli
+from mirageq.folders import alone
 from mirageq.recipe import SECTIONS, Recipe
 from mirageq.run import NetworkChoice, Run, load_teacher
 from mirageq.testing import SHAPE, TinyResNet
@@ -171,7 +173,8 @@ def test_an_interruption_says_how_to_go_on(tmp_path, monkeypatch, capsys):
 
 
 def test_ctrl_c_in_a_real_process_continues_to_the_same_bits(tmp_path):
-    command = [sys.executable, "-m", "mirageq", "quantize", *TINY, *QUICK, "--set", "method.iterations=400"]
+    command = [sys.executable, "-m", "mirageq", "quantize", *TINY, "--method", "intraq", *QUICK]
+    command += ["--set", "method.iterations=400"]
     subprocess.run([*command, "--out", str(tmp_path / "whole")], check=True, capture_output=True)
     out = tmp_path / "broken"
     process = subprocess.Popen(
@@ -224,7 +227,11 @@ SHAPED = ["--image-shape", "3,16,16"]
         ([*TINY, "--bits", ""], "w4a4"),
         ([*TINY, "--mean", "0.5,0.5,nan", "--std", "1,1,1"], "mean must be finite"),
         ([*TINY, "--recipe", "best-cifar10"], "give its mean and std"),
+        ([*TINY, "--mean", "123,116,103", "--std", "58,57,57"], "Divide mean and std of bytes by 255"),
+        ([*TINY, "--set", "images=8", "--set", "tuner.batch_size=16"], "batch size 16 is larger than the set of 8"),
+        ([*TINY, "--set", "tuner.name=reconstruct"], "Set scheme.weight_range to mse or percentile"),
         ([*TINY[:-1], "gpu"], "There is no device 'gpu'"),
+        ([*TINY[:-1], "meta"], "There is no device 'meta'"),
         (["nowhere.pt2"], "There is no file nowhere.pt2."),
         ([*TINY, "--bits", "int4"], "int4"),
         ([*TINY, "--recipe", "intraq-cifar"], "did you mean 'intraq-cifar10"),
@@ -234,7 +241,8 @@ SHAPED = ["--image-shape", "3,16,16"]
 )
 def test_bad_input_gets_a_sentence_exit_code_2_and_leaves_nothing(arguments, message, tmp_path, capsys):
     out = tmp_path / "run"
-    assert cli.main(["quantize", *arguments, "--out", str(out)]) == 2
+    method = [] if "--recipe" in arguments else ["--method", "intraq"]
+    assert cli.main(["quantize", *method, *arguments, "--out", str(out)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("mirageq: ")
     assert message in error
@@ -256,7 +264,7 @@ def test_a_checkpoint_that_does_not_fit_names_the_first_wrong_keys(tmp_path, cap
     state["conv9.weight"] = state.pop("conv1.weight")
     save_file(state, tmp_path / "weights.safetensors")
     arguments = ["--checkpoint", str(tmp_path / "weights.safetensors"), "--out", str(tmp_path / "run")]
-    assert cli.main(["quantize", *TINY, *arguments]) == 2
+    assert cli.main(["quantize", *TINY, "--recipe", "squant", *arguments]) == 2
     error = capsys.readouterr().err
     assert "conv1.weight" in error
     assert "conv9.weight" in error
@@ -298,12 +306,16 @@ def test_resuming_says_what_is_wrong(finished, tmp_path, capsys):
     (tmp_path / "run.json").write_text('{"format": 99}')
     assert cli.main(["show", str(tmp_path)]) == 2
     assert "format 99" in capsys.readouterr().err
+    record = json.loads((finished / "run.json").read_text())
     for text, told in (
         ('{"form', "is damaged"),
         ("[]", "is not the record of a run"),
         ('{"format": 1}', "is damaged (no network)"),
+        (json.dumps(record | {"network": []}), "is damaged (no table)"),
+        (json.dumps(record | {"network": {}}), "is damaged (no checkpoint)"),
+        ("\xff", "is damaged"),
     ):
-        (tmp_path / "run.json").write_text(text)
+        (tmp_path / "run.json").write_bytes(text.encode("latin1"))
         assert cli.main(["show", str(tmp_path)]) == 2
         assert told in capsys.readouterr().err
 
@@ -370,15 +382,20 @@ def test_numbers_that_cannot_be_are_refused(finished, arguments, told, tmp_path,
 
 def test_a_pack_is_not_written_if_its_copies_cannot_be(finished, tmp_path, capsys):
     (tmp_path / "file").write_text("")
+    (tmp_path / "kept.npy").write_text("precious")
     normalised = ["--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25", "--out", str(tmp_path / "pack")]
     for copy, told in (
         (["--folder", tmp_path / "file"], "is a file"),
         (["--numpy", tmp_path / "no" / "x.npy"], "no folder"),
+        (["--numpy", tmp_path / "x.array"], "--numpy writes a .npy file"),
+        (["--numpy", tmp_path / "kept.npy"], "exists already"),
+        (["--folder", tmp_path / "pack" / "png"], "lies in the pack"),
     ):
         assert cli.main(["pack", str(finished), *normalised, *map(str, copy)]) == 2
         assert told in capsys.readouterr().err
         assert not (tmp_path / "pack").exists()
     assert cli.main(["pack", str(finished), *normalised]) == 0
+    assert (tmp_path / "kept.npy").read_text() == "precious"
 
 
 def test_too_few_images_to_prove_a_file_are_told(tmp_path, capsys):
@@ -424,3 +441,89 @@ def test_export_writes_a_proved_file_and_says_what_it_is(finished, tmp_path, cap
     assert out.stat().st_size > 1000
     assert cli.main(["export", str(finished), "--out", str(out)]) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+def test_it_must_be_said_how(tmp_path, capsys):
+    for command in ("quantize", "synthesize"):
+        assert cli.main([command, *TINY, *QUICK, "--out", str(tmp_path / "run")]) == 2
+        assert "Say how: --recipe squant" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_read_from_any_folder_and_shown_without_its_network(tmp_path, monkeypatch, capsys):
+    (tmp_path / "net.py").write_text("from mirageq.testing import TinyResNet as build\n")
+    (tmp_path / "below").mkdir()
+    save_file(TinyResNet().state_dict(), tmp_path / "weights.safetensors")
+    monkeypatch.chdir(tmp_path)
+    network = ["py:net.py:build", "--image-shape", "3,16,16", "--checkpoint", "weights.safetensors"]
+    normalised = ["--mean", "0.5,0.5,0.5", "--std", "0.2,0.2,0.2"]
+    assert cli.main(["quantize", *network, *normalised, "--recipe", "squant", "--out", "run"]) == 0
+    monkeypatch.chdir(tmp_path / "below")
+    assert cli.main(["export", "../run", "--out", "model.onnx"]) == 0
+    assert cli.main(["quantize", *network[1:3], str(tmp_path / "net.py"), "--images", "../run"]) == 2
+    (tmp_path / "net.py").unlink()
+    capsys.readouterr()
+    assert cli.main(["show", "../run"]) == 0
+    assert "images.png" in capsys.readouterr().out
+
+
+def test_an_interrupted_run_goes_on_with_its_network_from_elsewhere(tmp_path, capsys):
+    (tmp_path / "net.py").write_text("from mirageq.testing import TinyResNet as build\n")
+    network, out = ["--image-shape", "3,16,16"], tmp_path / "run"
+    command = ["synthesize", f"py:{tmp_path / 'net.py'}:build", *network, "--method", "noise", "--count", "2"]
+    assert cli.main([*command, "--out", str(out)]) == 0
+    record = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps(record | {"status": "running"}))
+    (tmp_path / "net.py").rename(tmp_path / "moved.py")
+    assert cli.main(["quantize", "--resume", str(out)]) == 2
+    assert "cannot be imported" in capsys.readouterr().err
+    assert cli.main(["quantize", f"py:{tmp_path / 'moved.py'}:build", "--resume", str(out)]) == 0
+    assert "w4a4" not in capsys.readouterr().out  # it only makes images
+
+
+def test_an_unfinished_run_says_so_and_shows_its_curves(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    monkeypatch.setattr("mirageq.pipeline.teach", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert quantize(out) == 130
+    (out / "synthetic.safetensors").rename(out / "synthetic.partial")
+    capsys.readouterr()
+    for command in (["show", str(out)], ["pack", str(out), "--out", str(tmp_path / "pack")]):
+        assert cli.main(command) == 2
+        assert f"go on with: mirageq quantize --resume {out}" in capsys.readouterr().err
+    assert (out / "curves.png").exists()
+    assert cli.main(["quantize", *TINY, "--images", str(out), "--out", str(tmp_path / "other")]) == 2
+    assert "whose images are not all made" in capsys.readouterr().err
+
+
+def test_two_processes_never_work_on_one_run(tmp_path, capsys):
+    pytest.importorskip("fcntl")
+    out = tmp_path / "run"
+    assert quantize(out) == 0
+    record = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps(record | {"status": "running"}))
+    with alone(out / "run.json"):
+        assert cli.main(["quantize", "--resume", str(out)]) == 2
+    assert f"Another process is at work in {out}" in capsys.readouterr().err
+
+
+def test_a_disk_that_is_full_is_told(tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", "synthetic.partial")
+
+    monkeypatch.setattr("mirageq.images._create", full)
+    assert quantize(tmp_path / "run", "--method", "zeroq") == 2
+    error = capsys.readouterr().err
+    assert "No space left on device (synthetic.partial)" in error
+    assert "mirageq quantize --resume" in error
+
+
+def test_what_cannot_be_shown_or_measured_is_told(finished, tmp_path, capsys):
+    assert cli.main(["show", str(finished), str(tmp_path)]) == 2
+    assert "Runs are shown one at a time" in capsys.readouterr().err
+    assert cli.main(["evaluate", str(tmp_path / "mistyped"), "--data", str(tmp_path)]) == 2
+    assert "There is no run" in capsys.readouterr().err
+
+
+def test_written_files_can_be_read_by_others(finished):
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in finished.iterdir() if path.is_file()}
+    assert len(modes) == 1

@@ -37,6 +37,9 @@ def test_an_image_folder_takes_its_labels_from_the_order_of_its_sub_folders(tmp_
     read, labels = everything(open_images(tmp_path, SHAPE))
     assert labels == [0, 1, 1]
     assert np.array_equal(read.permute(0, 2, 3, 1).numpy(), images[[1, 2, 0]])
+    (tmp_path / "ant" / "8.png").write_bytes(png(images[0]))
+    assert everything(open_images(tmp_path, SHAPE, limit=2))[1] == [0, 1]  # of all classes, as far as it goes
+    assert open_images(tmp_path, SHAPE).classes == 2
 
 
 def test_npz_and_limit(tmp_path):
@@ -100,6 +103,9 @@ def test_resize_scales_the_short_side_first(tmp_path):
         ("missing.npz", None, "no file or folder"),
         ("data.txt", b"x", "is none of: image folder, .npz, .bin, .parquet"),
         ("data.npz", b"not a zip", "cannot be read as labelled images"),
+        ("data.npz", b"", "cannot be read as labelled images"),
+        ("data.npz", b"PK\x03\x04 and then nothing", "cannot be read as labelled images"),
+        ("data.npz", b"\x93NUMPY\x01\x00", "cannot be read as labelled images"),
         ("data.bin", b"123", "no whole number of CIFAR records"),
         ("data.parquet", b"123", "cannot be read as labelled images"),
     ],
@@ -129,6 +135,9 @@ def test_a_damaged_image_is_named(tmp_path):
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "half.png").write_bytes(png(pixels(1)[0])[:60])
     with pytest.raises(UserError, match=r"half.png is not a whole image"):
+        everything(open_images(tmp_path, SHAPE))
+    (tmp_path / "cat" / "a.png").write_text("not an image")
+    with pytest.raises(UserError, match=r"a.png is not a whole image"):
         everything(open_images(tmp_path, SHAPE))
 
 

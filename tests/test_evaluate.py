@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mirageq import evaluate
 from mirageq.data import open_images
@@ -67,6 +68,15 @@ def test_labels_beyond_the_networks_classes_are_told(tmp_path):
     data = write(tmp_path / "data.npz", np.zeros((2, 1, 1, 3)), [0, 50])
     with pytest.raises(UserError, match="label 50, and the network knows 10 classes"):
         accuracy(lambda x: torch.zeros(len(x), 10), data, (0,) * 3, (1,) * 3)
+
+
+def test_a_folder_has_a_sub_folder_for_each_class(tmp_path):
+    for name in ("ant", "cat"):
+        (tmp_path / name).mkdir()
+        Image.fromarray(np.zeros((2, 2, 3), np.uint8)).save(tmp_path / name / "1.png")
+    data = open_images(tmp_path, (3, 2, 2))
+    with pytest.raises(UserError, match="has 2 sub-folders, and the network knows 3 classes"):
+        accuracy(lambda images: torch.zeros(len(images), 3), data, (0.5,) * 3, (0.5,) * 3)
 
 
 def test_an_unknown_normalisation_is_told(tmp_path):

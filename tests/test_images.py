@@ -126,3 +126,26 @@ def test_an_unfinished_set_is_refused(tmp_path):
     save_file({"images": images(2), "labels": torch.tensor([0, -1])}, path)
     with pytest.raises(UserError, match="1 unfinished images; resume"):
         SyntheticSet.load(path)
+
+
+def test_labels_and_images_of_another_kind_are_refused(tmp_path):
+    path = tmp_path / "images.safetensors"
+    images = torch.zeros(2, 3, 4, 4)
+    for labels in (torch.zeros(2, 1, dtype=torch.long), torch.zeros(2)):
+        save_file({"images": images, "labels": labels}, path)
+        with pytest.raises(UserError, match=r"is no file of synthetic images: they are \(N, C, H, W\) numbers"):
+            SyntheticSet.load(path)
+    save_file({"images": images.byte(), "labels": torch.zeros(2, dtype=torch.int32)}, path)
+    with pytest.raises(UserError, match="is no file of synthetic images"):
+        SyntheticSet.load(path)
+    save_file({"images": images, "labels": torch.zeros(2, dtype=torch.int32)}, path)
+    assert SyntheticSet.load(path).sample(2).labels.dtype == torch.int64
+
+
+def test_a_set_with_a_gap_keeps_its_unfinished_name(tmp_path):
+    path = tmp_path / "images.safetensors"
+    growing = GrowingSet(4, (3, 2, 2), path)
+    growing.write(0, torch.zeros(2, 3, 2, 2), torch.zeros(2, dtype=torch.long))
+    with pytest.raises(UserError, match="holds 2 unfinished images; begin its run anew"):
+        growing.finish(0)
+    assert not path.exists()

@@ -5,6 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
+from mirageq.errors import UserError
 from mirageq.journal import Journal, read_history
 
 
@@ -94,3 +95,13 @@ def test_the_console_shows_the_stage_its_terms_and_the_time_left():
     assert "kd 0.5" in text
     assert "left" in text
     assert "a note with [brackets]" in text
+
+
+def test_a_damaged_checkpoint_is_told(tmp_path):
+    checkpoint = Journal(tmp_path).checkpoint("paint")
+    checkpoint.save({"step": 3})
+    path = tmp_path / "checkpoints" / "paint.pt"
+    for content in (b"", b"junk", path.read_bytes()[:200]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"paint.pt is damaged; without it, its part is computed anew"):
+            checkpoint.load()

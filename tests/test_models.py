@@ -10,6 +10,7 @@ from torch.export import Dim, export
 
 from mirageq import models
 from mirageq.errors import UserError
+from mirageq.methods import find
 from mirageq.testing import SHAPE, TinyResNet
 
 TINY = "py:mirageq.testing:TinyResNet"
@@ -117,7 +118,7 @@ def test_a_truncated_safetensors_file_is_told(tmp_path):
         ("py:nowhere.at.all:build", "cannot be imported"),
         ("py:nowhere.py:build", "cannot be imported"),
         ("py:mirageq.testing:Missing", "cannot be imported"),
-        ("py:mirageq.testing:quick", "failed: .*must take no arguments"),
+        ("py:mirageq.testing:quick", "failed: .*It is called without arguments"),
         ("py:mirageq.recipe:shipped", "returned a dict; it must return a torch.nn.Module"),
         ("demo:resnet", "There is no network 'demo:resnet'; give demo:efficientnet-lite0"),
         (TINY, "image shape .* is unknown; give --image-shape"),
@@ -126,6 +127,15 @@ def test_a_truncated_safetensors_file_is_told(tmp_path):
 def test_networks_that_cannot_be_had_are_told(name, message):
     with pytest.raises(UserError, match=message):
         models.load(name)
+
+
+def test_a_broken_file_is_told(tmp_path):
+    for text, told in (("def build(:", "SyntaxError"), ("build = nowhere", "NameError: name 'nowhere'")):
+        (tmp_path / "broken.py").write_text(text)
+        with pytest.raises(UserError, match=f"broken.py:build' cannot be imported: {told}"):
+            models.load(f"py:{tmp_path / 'broken.py'}:build")
+        with pytest.raises(UserError, match=f"cannot be imported: {told}"):
+            find(f"{tmp_path / 'broken.py'}:build")
 
 
 def test_a_missing_library_names_the_extra_to_install(monkeypatch):

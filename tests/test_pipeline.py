@@ -52,9 +52,9 @@ def test_what_is_missing_is_told():
     with pytest.raises(UserError, match="Give image_shape"):
         quantize(TinyResNet(), Noise())
     with pytest.raises(UserError, match="calibration_images must be positive; got 0"):
-        quantize(TinyResNet(), Noise(), image_shape=SHAPE, images=4, calibration_images=0)
+        quantize(TinyResNet(), Noise(), image_shape=SHAPE, tuner=Distill(steps=0), images=4, calibration_images=0)
     with pytest.raises(UserError, match="number of images to synthesise must be positive; got 0"):
-        quantize(TinyResNet(), IntraQ(), image_shape=SHAPE, images=0)
+        quantize(TinyResNet(), IntraQ(), image_shape=SHAPE, tuner=Distill(steps=0), images=0)
 
 
 def test_a_teacher_has_its_own_device():

@@ -60,7 +60,7 @@ def test_a_method_from_outside_is_found_by_its_path():
         ({"method": {"name": "mirageq.methods.stored:Stored"}}, "method needs a value for 'path'"),
         ({"method": {"iterations": 0}}, "iterations must be positive; got 0"),
         ({"method": {"margin_low": 0.9}}, "margin_low <= margin_high"),
-        ({"method": {"target_low": 1.5}}, r"target_low is a probability in \[0, 1\]; got 1.5"),
+        ({"method": {"target_low": 1.5}}, r"target_low lies in \[0, 1\]; got 1.5"),
         ({"method": {"crop_scale": 0.0}}, "crop_scale is a fraction"),
         ({"tuner": {"name": "distil"}}, "no tuner 'distil'; did you mean 'distill'"),
         ({"tuner": {"schedule": "linear"}}, "'schedule' expects"),

@@ -15,19 +15,19 @@ from rich.markup import escape
 from torch import Tensor
 
 from mirageq import recipe, reference
-from mirageq.arguments import parser
+from mirageq.arguments import MODEL, parser
 from mirageq.compare import PROTOCOL, Comparison
 from mirageq.errors import UserError
-from mirageq.folders import RECORD, check_folder
+from mirageq.folders import RECORD, alone, check_folder
 from mirageq.parallel import Setting, fill_in_parallel
 from mirageq.plan import Plan
-from mirageq.run import IMAGES, NetworkChoice, Run, load_teacher
+from mirageq.run import NetworkChoice, Run, load_teacher
 from mirageq.show import show_comparisons, show_run, summarise
 from mirageq.tables import describe
 from mirageq.teacher import Teacher
 
 INTERRUPTED = 130
-BEGINNING = ["model", "checkpoint", "image_shape", "mean", "std", "recipe", "method", "set", "bits"]
+BEGINNING = ["image_shape", "mean", "std", "recipe", "method", "set", "bits"]
 BEGINNING += ["count", "images", "seed", "out"]
 """The options that say how a run begins."""
 
@@ -41,6 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.command(options)
     except UserError as error:
         print(f"mirageq: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"mirageq: {error.strerror or error}{where}. {_how_to_continue(options)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\nmirageq: interrupted. {_how_to_continue(options)}", file=sys.stderr)
@@ -63,7 +67,11 @@ def _quantize(options: argparse.Namespace, only_images: bool = False) -> None:
     else:
         run, teacher = _begin(options, only_images)
     kind, scheme = run.record["recipe"], run.recipe.scheme
-    then = "" if only_images else f", {scheme.bits} ({scheme.placement}), {kind['tuner'].get('steps', 0)} steps"
+    then = (
+        ""
+        if run.record["only_images"]
+        else f", {scheme.bits} ({scheme.placement}), {kind['tuner'].get('steps', 0)} steps"
+    )
     console.print(
         f"[bold]{escape(run.choice.name)}[/]: {kind['images']} images by {kind['method']['name']}{then}, "
         f"seed {run.seed}",
@@ -80,6 +88,10 @@ def _synthesize(options: argparse.Namespace) -> None:
 def _begin(options: argparse.Namespace, only_images: bool) -> tuple[Run, Teacher]:
     if not options.model or not options.out:
         raise UserError("A run needs a MODEL and --out FOLDER, or --resume FOLDER.")
+    if not (options.recipe or options.method or getattr(options, "images", None)):
+        raise UserError(
+            "Say how: --recipe squant (8 bits, in seconds), another recipe (see: mirageq recipes), or --method NAME."
+        )
     wanted = recipe.build(_recipe_table(options))
     check_folder(options.out)
     choice = _choice(options)
@@ -93,7 +105,12 @@ def _resume(options: argparse.Namespace) -> tuple[Run, Teacher]:
     options.out = run.folder
     if run.finished:
         raise UserError(f"{run.folder} is finished already; see it with: mirageq show {run.folder}")
-    return run, load_teacher(run.choice, _device(options))
+    found = replace(
+        run.choice,
+        name=options.model or run.choice.name,
+        checkpoint=str(options.checkpoint) if options.checkpoint else None if options.model else run.choice.checkpoint,
+    )
+    return run, load_teacher(found, _device(options))
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -103,6 +120,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     if not options.data:
         raise UserError("Measuring needs labelled images: --data FOLDER_OR_FILE.")
     folder = Path(options.model)
+    if not folder.exists() and ":" not in options.model:
+        raise UserError(f"There is no run {folder}; give the folder of one, or {MODEL}.")
     run = Run.open(folder) if folder.is_dir() else None
     if run:
         _refuse(options, f"{folder} knows its network", "checkpoint", "image_shape")
@@ -160,10 +179,7 @@ def _pack(options: argparse.Namespace) -> None:
 
     run = Run.open(options.run)
     images = run.images()
-    if options.folder:
-        check_folder(options.folder)
-    if options.numpy and not options.numpy.absolute().parent.is_dir():
-        raise UserError(f"There is no folder {options.numpy.parent} to write {options.numpy.name} in.")
+    _check_places(options)
     made_by = {
         "network": run.choice.name,
         "network_sha256": run.record["network"]["sha256"],
@@ -180,6 +196,21 @@ def _pack(options: argparse.Namespace) -> None:
     print(
         f"wrote {manifest.count} images to {options.out}; {100 * manifest.clipped:.2f} % of their values were clipped"
     )
+
+
+def _check_places(options: argparse.Namespace) -> None:
+    """Raise a `UserError` unless a pack can be written to --folder and --numpy as well."""
+    if options.folder:
+        check_folder(options.folder)
+        if options.out.absolute() in (options.folder.absolute(), *options.folder.absolute().parents):
+            raise UserError(f"--folder {options.folder} lies in the pack {options.out}; give a folder beside it.")
+    if options.numpy:
+        if not options.numpy.absolute().parent.is_dir():
+            raise UserError(f"There is no folder {options.numpy.parent} to write {options.numpy.name} in.")
+        if options.numpy.suffix != ".npy":
+            raise UserError(f"--numpy writes a .npy file; got {options.numpy}.")
+        if options.numpy.exists():
+            raise UserError(f"{options.numpy} exists already; give another name.")
 
 
 def _look_up(options: argparse.Namespace) -> None:
@@ -200,17 +231,20 @@ def _compare(options: argparse.Namespace) -> None:
     data = open_images(plan.data, teacher.image_shape, resize=options.resize, limit=options.limit)
     comparison = Comparison.begin(options.out, plan.network, teacher, data, wanted, options.work)
     console.print(comparison.protocol.sentences(), highlight=False)
-    if options.jobs > 1:
-        setting = Setting(comparison, plan, choice, device, plan.data, options.resize, options.limit)
-        fill_in_parallel(setting, options.jobs, console, options.only)
-    else:
-        comparison.fill(plan, teacher, data, console, options.only)
+    with alone(options.out / PROTOCOL):
+        if options.jobs > 1:
+            setting = Setting(comparison, plan, choice, device, plan.data, options.resize, options.limit)
+            fill_in_parallel(setting, options.jobs, console, options.only)
+        else:
+            comparison.fill(plan, teacher, data, console, options.only)
     show_comparisons([comparison])
 
 
 def _show(options: argparse.Namespace) -> None:
     first = options.folder[0]
     if (first / RECORD).exists() or not (first / PROTOCOL).exists():
+        if len(options.folder) > 1:
+            raise UserError("Runs are shown one at a time; several folders are comparisons, for one table.")
         show_run(Run.open(first), console)
     else:
         show_comparisons([Comparison.open(folder) for folder in options.folder])
@@ -223,8 +257,8 @@ def _recipe_table(options: argparse.Namespace) -> recipe.Table:
         table["method"] = table["method"] if named else {"name": options.method}
     if isinstance(stored := getattr(options, "images", None), Path):
         _refuse(options, "--images takes the images of a run", "method")
-        file = stored / IMAGES if stored.is_dir() else stored
-        table["method"] = {"name": "mirageq.methods.stored:Stored", "path": str(file)}
+        file = Run.open(stored).images_file() if stored.is_dir() else stored
+        table["method"] = {"name": "mirageq.methods.stored:Stored", "path": str(file.absolute())}
     if getattr(options, "count", None):
         table["images"] = options.count
     if getattr(options, "bits", None) is not None:
@@ -258,12 +292,11 @@ def _refuse(options: argparse.Namespace, why: str, *names: str) -> None:
 def _device(options: argparse.Namespace) -> str:
     if options.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.device(options.device)
-    except RuntimeError as error:
-        raise UserError(f"There is no device '{options.device}'; give cpu, cuda or auto.") from error
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("There is no CUDA device for --device cuda; use --device cpu.")
+    kind, _, number = options.device.partition(":")
+    if kind not in ("cpu", "cuda") or not (number or "0").isdecimal():
+        raise UserError(f"There is no device '{options.device}'; give cpu, cuda, cuda:1 and so on, or auto.")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise UserError(f"There is no CUDA device for --device {options.device}; use --device cpu.")
     return options.device
 
 

@@ -30,6 +30,7 @@ from mirageq.quant import convert
 from mirageq.recipe import Recipe, Table
 from mirageq.run import machine, peak_memory, versions
 from mirageq.teacher import Teacher
+from mirageq.tuning.contract import check
 
 PROTOCOL, CELLS = "protocol.json", "cells.jsonl"
 MEASURED_IMAGES = 1000  # images whose features are looked at
@@ -152,6 +153,7 @@ class Comparison:
     def compute(self, wanted: Recipe, cell: Cell, teacher: Teacher, data: LabelledImages, console: Console) -> Row:
         """Make, calibrate, tune and measure the student of a cell; what is finished of its images is read."""
         student = convert(teacher.network, wanted.scheme).to(teacher.device)
+        check(wanted.tuner, student, wanted.images)
         source, painting = self.synthesize(wanted, cell, teacher, console)
         fingerprint = sha256(repr((self.protocol.weights_sha256, recipes.describe(wanted))).encode()).hexdigest()
         workplace = self.work / "cells" / f"{cell.folder}-{fingerprint[:8]}"  # nothing of another recipe

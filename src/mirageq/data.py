@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mirageq.errors import UserError
+from mirageq.errors import UserError, first_line
 
 PIXELS, LABELS = "pixels.npy", "labels.npy"
 """What a calibration pack keeps its images (N, H, W, C) uint8 and labels (N,) in."""
@@ -30,6 +31,8 @@ class _Files(Protocol):
 class LabelledImages:
     """Images with labels, fitted to a network's input size. Make one with `open_images`.
 
+    `classes` is how many there are, where the format tells.
+
     Each image is first scaled so that its short side is `resize` pixels (if given), then cropped around its centre.
     """
 
@@ -39,6 +42,7 @@ class LabelledImages:
         self.name = name
         self._files, self._shape, self._resize = files, image_shape, resize
         self.count = min(len(files), limit or len(files))
+        self.classes: int | None = getattr(files, "classes", None)
 
     def fitting(self, pixels: int, most: int) -> int:
         """How many images, at least one and `most` at most, have so many pixels together."""
@@ -94,7 +98,7 @@ def open_images(
             classes they were made for, on which settings may be chosen.
         image_shape: (C, H, W) that the network takes.
         resize: pixels of the short side before the centre crop; None crops the image as it is.
-        limit: only the first so many.
+        limit: only the first so many; of a folder, as many of each class as it can be.
 
     Raises:
         UserError: nothing there, or not one of these formats.
@@ -122,8 +126,8 @@ def _open(path: Path) -> _Files:
         raise UserError(f"{path} is none of: image folder, {', '.join(readers)}.")
     try:
         return readers[path.suffix](path)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} cannot be read as labelled images: {str(error).splitlines()[0]}.") from error
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read as labelled images: {first_line(error)}.") from error
 
 
 class _Arrays:
@@ -168,12 +172,13 @@ class _Folder:
         classes = sorted(folder for folder in path.iterdir() if folder.is_dir())
         if not classes:
             raise UserError(f"{path} has no sub-folders; an image folder has one a class, in the order of the labels.")
-        self.files = [
-            (file, label)
+        found = [
+            (place, label, file)
             for label, folder in enumerate(classes)
-            for file in sorted(folder.iterdir())
-            if file.suffix.lower() in SUFFIXES
+            for place, file in enumerate(sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES))
         ]
+        self.files = [(file, label) for _, label, file in sorted(found)]  # so that the first few are of all classes
+        self.classes = len(classes)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -200,9 +205,9 @@ class _Parquet:
 
 
 def _decode(content: bytes, name: str) -> np.ndarray:
-    image = _pillow().open(io.BytesIO(content))
+    pillow = _pillow()
     try:
-        return np.asarray(image.convert("RGB"))
+        return np.asarray(pillow.open(io.BytesIO(content)).convert("RGB"))
     except OSError as error:
         raise UserError(f"{name} is not a whole image: {error}.") from error
 

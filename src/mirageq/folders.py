@@ -10,6 +10,11 @@ from pathlib import Path
 
 from mirageq.errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 RECORD = "run.json"
 """The file that makes a folder a run's."""
 
@@ -19,7 +24,31 @@ def replacing(path: Path) -> Iterator[Path]:
     """Where to write a file first, so that an interruption leaves the old one or the new one, never a part."""
     written = path.with_name(f"{path.name}.new")
     yield written
+    written.chmod(0o666 & ~_umask())  # as any new file; safetensors would let its owner alone read it
     os.replace(written, path)
+
+
+def _umask() -> int:
+    os.umask(mask := os.umask(0))
+    return mask
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Work in the folder of this file, as the only process that does.
+
+    Raises:
+        UserError: another process does.
+    """
+    with path.open() as file:
+        if fcntl:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"Another process is at work in {path.parent}; wait for it, or stop it.") from error
+            except OSError:  # a file system without locks
+                pass
+        yield
 
 
 def write_text(path: Path, text: str) -> None:
@@ -43,7 +72,7 @@ def check_folder(folder: Path) -> None:
         raise UserError(f"The output {folder} is a file; give a folder.")
     if (folder / RECORD).exists():
         raise UserError(
-            f"{folder} already holds a run. Give another folder, or continue that run with: "
+            f"{folder} already holds a run. Give another folder, or continue that run, if it is unfinished, with: "
             f"mirageq quantize --resume {folder}"
         )
     if folder.is_dir() and any(folder.iterdir()):

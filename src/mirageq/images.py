@@ -70,11 +70,7 @@ class SyntheticSet:
         return Batch(self.images[:count].float(), self.labels[:count])
 
     def batches(self, batch_size: int, student: Callable[[Tensor], Tensor] | None = None) -> Iterator[Batch]:
-        if batch_size > len(self):
-            raise UserError(
-                f"The batch size {batch_size} is larger than the set of {len(self)} synthetic images. "
-                "Make more images or use a smaller batch."
-            )
+        check_batch(batch_size, len(self))
         per_epoch = len(self) // batch_size
         self._drawn, self._resume_at = self._resume_at, 0
         while True:
@@ -111,6 +107,13 @@ class SyntheticSet:
                 images, labels = file.get_tensor("images"), file.get_tensor("labels")
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path} is not a readable file of synthetic images ({error}).") from error
+        whole = labels.dim() == 1 and not labels.is_floating_point() and images.dim() == 4
+        if not whole or not images.is_floating_point():
+            raise UserError(
+                f"{path} is no file of synthetic images: they are (N, C, H, W) numbers with labels (N,); got "
+                f"{images.dtype} {tuple(images.shape)} and {labels.dtype} {tuple(labels.shape)}."
+            )
+        labels = labels.long()
         if (labels < 0).any():
             raise UserError(f"{path} holds {int((labels < 0).sum())} unfinished images; resume the run that writes it.")
         return SyntheticSet(images, labels, seed=seed)
@@ -157,7 +160,10 @@ class GrowingSet:
         """The finished set; a file gets its final name."""
         if self._path is None or self._partial is None:
             return SyntheticSet(torch.from_numpy(self.images), torch.from_numpy(self.labels), seed=seed)
+        left = len(self.labels) - self.finished
         del self.images, self.labels
+        if left:
+            raise UserError(f"{self._partial} holds {left} unfinished images; begin its run anew.")
         if not self._path.exists():
             os.replace(self._partial, self._path)
         return SyntheticSet.load(self._path, seed=seed)
@@ -166,6 +172,15 @@ class GrowingSet:
         for array in (self.images, self.labels):
             if isinstance(array, np.memmap):
                 array.flush()
+
+
+def check_batch(batch_size: int, count: int) -> None:
+    """Raise a `UserError` unless a set of `count` images fills a batch."""
+    if batch_size > count:
+        raise UserError(
+            f"The batch size {batch_size} is larger than the set of {count} synthetic images. "
+            "Make more images or use a smaller batch."
+        )
 
 
 def hash_tensors(tensors: dict[str, Tensor]) -> str:
@@ -194,7 +209,7 @@ def _layout(shape: tuple[int, ...]) -> bytes:
 def _create(path: Path, layout: bytes) -> None:
     header = json.loads(layout[8:])
     count, end = header["labels"]["shape"][0], header["images"]["data_offsets"][1]
-    with path.open("wb") as file:
+    with replacing(path) as written, written.open("wb") as file:
         file.write(layout)
         file.write(np.full(count, -1, "<i8").tobytes())
         file.truncate(len(layout) + end)

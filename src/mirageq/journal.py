@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mirageq.errors import UserError
 from mirageq.folders import replacing, write_text
 
 HISTORY, SECONDS = "history.jsonl", "seconds.json"
@@ -146,7 +147,10 @@ class Checkpoint:
         """The saved state, its tensors on the CPU, or None."""
         if self.path is None or not self.path.exists():
             return None
-        return torch.load(self.path, map_location="cpu", weights_only=True)
+        try:
+            return torch.load(self.path, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a damaged file makes of it
+            raise UserError(f"{self.path} is damaged; without it, its part is computed anew.") from error
 
     def offer(self, state: Callable[[], dict[str, Any]]) -> None:
         """Save `state()` if the last time is long enough ago."""

@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 
 from mirageq.capture import load_exported
 from mirageq.demo_weights import to_timm_names
-from mirageq.errors import UserError, did_you_mean
+from mirageq.errors import UserError, did_you_mean, first_line
 from mirageq.modules import module_of
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -132,7 +132,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise UserError(f"The checkpoint {path} is not a table of tensors; save model.state_dict() alone.")
     return state
 
@@ -210,12 +210,13 @@ def _python(rest: str, pretrained: bool) -> nn.Module:
     try:
         module = module_of(source)
         build = getattr(module, attribute)
-    except (ImportError, AttributeError, OSError) as error:
-        raise UserError(f"'py:{rest}' cannot be imported: {error}.") from error
+    except Exception as error:
+        raise UserError(f"'py:{rest}' cannot be imported: {type(error).__name__}: {first_line(error)}.") from error
     try:
         model = build()
     except Exception as error:
-        raise UserError(f"{attribute}() of {source} failed: {error}. It must take no arguments.") from error
+        needs = " It is called without arguments." if isinstance(error, TypeError) else ""
+        raise UserError(f"{attribute}() of {source} failed: {first_line(error)}.{needs}") from error
     if not isinstance(model, nn.Module):
         raise UserError(
             f"{attribute}() of {source} returned a {type(model).__name__}; it must return a torch.nn.Module."

@@ -15,6 +15,7 @@ from mirageq.methods import Method
 from mirageq.quant import Scheme, Student, convert
 from mirageq.teacher import Teacher
 from mirageq.tuning import Distill, Tuner
+from mirageq.tuning.contract import check
 
 CALIBRATION_BATCH = 64
 
@@ -85,6 +86,7 @@ def quantize(
     scheme, tuner = scheme or Scheme(), tuner or Distill()
     with journal.timed("convert"):  # first, so that a scheme that does not fit is refused before any image is made
         student = convert(teacher.network, scheme).to(teacher.device)
+        check(tuner, student, images)
     with journal.timed("synthesize"):
         source = method.synthesize(teacher, images, seed=seed, journal=journal)
     teach(teacher, student, source, tuner, calibration_images=calibration_images, seed=seed, journal=journal)

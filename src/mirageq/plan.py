@@ -36,6 +36,8 @@ class Plan:
     data: str | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "bits", tuple(dict.fromkeys(bits.strip().lower() for bits in self.bits)))
+        object.__setattr__(self, "seeds", tuple(dict.fromkeys(self.seeds)))
         for name in ("methods", "bits", "seeds", "variants"):
             if not getattr(self, name):
                 raise UserError(f"A comparison needs at least one of its {name}.")

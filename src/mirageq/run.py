@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 import mirageq
 from mirageq import models
 from mirageq.errors import UserError
-from mirageq.folders import RECORD, check_folder, write_text
+from mirageq.folders import RECORD, alone, check_folder, write_text
 from mirageq.images import ImageSource, SyntheticSet, hash_tensors
 from mirageq.journal import SECONDS, Journal
 from mirageq.pipeline import Result, check_pixel_range, quantize
@@ -40,6 +40,23 @@ class NetworkChoice:
     image_shape: tuple[int, int, int] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+
+    def known(self, teacher: Teacher) -> NetworkChoice:
+        """The same, with files by their whole path, and with the shape and normalisation that the network came with."""
+        prefix, _, source = self.name.partition(":")
+        file, _, attribute = source.rpartition(":")
+        name = self.name
+        if prefix == "py" and file.endswith(".py"):
+            name = f"py:{Path(file).absolute()}:{attribute}"
+        elif name.endswith(".pt2"):
+            name = str(Path(name).absolute())
+        return NetworkChoice(
+            name=name,
+            checkpoint=str(Path(self.checkpoint).absolute()) if self.checkpoint else None,
+            image_shape=teacher.image_shape,
+            mean=teacher.mean,
+            std=teacher.std,
+        )
 
     def load(self) -> models.Network:
         return models.load(
@@ -82,7 +99,7 @@ class Run:
             "versions": versions(),
             "machine": machine(teacher.device),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "network": {**asdict(choice), "sha256": network_hash(teacher), "classes": teacher.classes},
+            "network": {**asdict(choice.known(teacher)), "sha256": network_hash(teacher), "classes": teacher.classes},
             "seed": seed,
             "recipe": describe(recipe),
         }
@@ -101,7 +118,7 @@ class Run:
             record = json.loads((folder / RECORD).read_text())
         except OSError as error:
             raise UserError(f"{folder} is not a run directory: it has no readable {RECORD}.") from error
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise UserError(f"{folder / RECORD} is damaged ({error}); the run cannot be read.") from error
         if not isinstance(record, dict) or "format" not in record:
             raise UserError(f"{folder / RECORD} is not the record of a run.")
@@ -110,8 +127,13 @@ class Run:
                 f"{folder} was written in format {record['format']}, this version reads format {FORMAT}. "
                 "Use the version of mirageq named in its run.json."
             )
-        if missing := {"status", "only_images", "seed", "network", "recipe"} - record.keys():
-            raise UserError(f"{folder / RECORD} is damaged (no {min(missing)}); the run cannot be read.")
+        missing = {"status", "only_images", "seed", "network", "recipe"} - record.keys()
+        if not missing and isinstance(record["network"], dict):
+            missing = {"sha256", *NetworkChoice.__annotations__} - record["network"].keys()
+        if missing or not all(isinstance(record[name], dict) for name in ("network", "recipe")):
+            raise UserError(
+                f"{folder / RECORD} is damaged (no {min(missing, default='table')}); the run cannot be read."
+            )
         return Run(folder, record)
 
     @property
@@ -145,15 +167,29 @@ class Run:
         if network_hash(teacher) != self.record["network"]["sha256"]:
             raise UserError(f"The network has changed since {self.folder} was begun; start a new run for it.")
         journal = Journal(self.folder, console, checkpoint_seconds=checkpoint_seconds)
-        try:
-            return self._carry_out(teacher, journal)
-        except UserError:
-            self._discard_unless_begun()
-            raise
+        with alone(self.folder / RECORD):
+            try:
+                return self._carry_out(teacher, journal)
+            except UserError:
+                self._discard_unless_begun()
+                raise
 
     def images(self) -> SyntheticSet:
-        """The images of the run."""
-        return SyntheticSet.load(self.folder / IMAGES, seed=self.seed)
+        """The images of the run.
+
+        Raises:
+            UserError: they are not all made.
+        """
+        return SyntheticSet.load(self.images_file(), seed=self.seed)
+
+    def images_file(self) -> Path:
+        """Where the images of the run lie; raises as `images` does."""
+        if not self.finished and not (self.folder / IMAGES).exists():
+            raise UserError(
+                f"{self.folder} holds an unfinished run, whose images are not all made; go on with: "
+                f"mirageq quantize --resume {self.folder}"
+            )
+        return self.folder / IMAGES
 
     def student(self, teacher: Teacher) -> Student:
         """The quantized network of a finished run.

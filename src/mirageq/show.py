@@ -19,11 +19,11 @@ def show_run(run: Run, console: Console) -> None:
     from mirageq.report import contact_sheet, loss_curves
 
     summarise(run, console)
-    network = run.choice.load()
     sheet, curves = run.folder / "images.png", run.folder / "curves.png"
-    contact_sheet(run.images().sample(SHOWN), sheet, mean=network.mean, std=network.std)
     loss_curves(run.folder, curves)
-    print(f"wrote {sheet}\nwrote {curves}")
+    print(f"wrote {curves}")
+    contact_sheet(run.images().sample(SHOWN), sheet, mean=run.choice.mean, std=run.choice.std)
+    print(f"wrote {sheet}")
 
 
 def summarise(run: Run, console: Console) -> None:
@@ -31,9 +31,8 @@ def summarise(run: Run, console: Console) -> None:
     record = run.record
     grid = Grid(box=None, show_header=False, pad_edge=False)
     grid.add_row("network", record["network"]["name"])
-    grid.add_row(
-        "recipe", f"{record['recipe']['method']['name']} {run.recipe.scheme.bits} {run.recipe.scheme.placement}"
-    )
+    scheme = "" if record["only_images"] else f" {run.recipe.scheme.bits} {run.recipe.scheme.placement}"
+    grid.add_row("recipe", f"{record['recipe']['method']['name']}{scheme}")
     if run.finished:
         if student := record.get("student"):
             grid.add_row(

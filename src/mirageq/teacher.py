@@ -144,6 +144,8 @@ def _check_normalisation(image_shape: tuple[int, ...], mean: tuple | None, std: 
             )
         if values is not None and not all(map(math.isfinite, values)):
             raise UserError(f"{name} must be finite in every channel; got {values}.")
+    if mean is not None and not all(0 <= value <= 1 for value in mean):
+        raise UserError(f"mean is that of pixels in [0, 1]; got {mean}. Divide mean and std of bytes by 255.")
     if std is not None and min(std) <= 0:
         raise UserError(f"std must be positive in every channel; got {std}.")
 

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from mirageq.errors import UserError
 from mirageq.export.pack import Pack
+from mirageq.folders import replacing
 
 
 def onnxruntime_reader(pack: Pack, input_name: str = "images", *, batch_size: int = 1) -> Any:
@@ -78,7 +79,8 @@ def write_numpy(pack: Pack, path: Path, *, channels_last: bool = True, normalise
     else:
         array = np.asarray(pack.pixels) if channels_last else pack.pixels.transpose(0, 3, 1, 2)
     try:
-        np.save(path, array)
+        with replacing(path) as written, written.open("wb") as file:
+            np.save(file, array)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}.") from error
 

@@ -6,7 +6,7 @@ command line, its help and the conformance tests are all derived from `METHODS`.
 
 from __future__ import annotations
 
-from mirageq.errors import UserError, did_you_mean
+from mirageq.errors import UserError, did_you_mean, first_line
 from mirageq.methods.clusterq import ClusterQ
 from mirageq.methods.contract import Method
 from mirageq.methods.dgh import DGH
@@ -69,8 +69,10 @@ def find(name: str) -> type:
     module, _, attribute = name.partition(":")
     try:
         found = getattr(module_of(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"The method '{name}' cannot be imported: {error}.") from error
+    except Exception as error:
+        raise UserError(
+            f"The method '{name}' cannot be imported: {type(error).__name__}: {first_line(error)}."
+        ) from error
     if not callable(getattr(found, "synthesize", None)):
         raise UserError(f"'{name}' is not a method: it has no synthesize(teacher, count, *, seed, journal).")
     return found

@@ -22,6 +22,17 @@ class Tuner(Protocol):
         ...
 
 
+def check(tuner: Tuner, student: Student, images: int) -> None:
+    """Ask a tuner, and what follows it, whether it can tune this student on a set of `images` before any is made.
+
+    A tuner may have `check(student, images)`, which raises a `UserError` that says why not.
+    """
+    if refuse := getattr(tuner, "check", None):
+        refuse(student, images)
+    if then := getattr(tuner, "then", None):
+        check(then, student, images)
+
+
 def require_fixed_grids(student: Student, what: str) -> None:
     """Raise a `UserError` if a weight's grid follows the weight: `what` chooses codes on a grid that stays."""
     for name, quantizer in student.weight_quantizers.items():

@@ -28,7 +28,7 @@ from mirageq.errors import (
     check_positive,
     check_probability,
 )
-from mirageq.images import Batch, ImageSource
+from mirageq.images import Batch, ImageSource, check_batch
 from mirageq.journal import Journal
 from mirageq.losses import distillation
 from mirageq.paint import cosine
@@ -94,6 +94,11 @@ class Distill:
         check_probability(self, "ce_confidence")
         if self.mix and self.ce_weight:
             raise UserError(f"Mixed images have no label to learn: mix needs ce_weight = 0; got {self.ce_weight}.")
+
+    def check(self, student: Student, images: int) -> None:
+        """Raise a `UserError` for fewer images than a batch."""
+        if self.steps:
+            check_batch(self.batch_size, images)
 
     def tune(
         self, teacher: Teacher, student: Student, source: ImageSource, *, seed: int = 0, journal: Journal | None = None

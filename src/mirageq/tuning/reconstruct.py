@@ -101,6 +101,18 @@ class Reconstruct:
         if isinstance(self.then, Reconstruct):
             raise UserError("What follows a reconstruction is another tuner; give this one more steps instead.")
 
+    def check(self, student: Student, images: int) -> None:
+        """Raise a `UserError` for weights whose grid follows them, or fewer images than a batch."""
+        if not self.steps:
+            return
+        require_fixed_grids(student, "Reconstruction")
+        count = min(images, self.images) * (1 + self.softened) * (1 + self.mirrored) * (1 + self.mixes)
+        if count < self.batch_size:
+            raise UserError(
+                f"The batch size {self.batch_size} is larger than the {count} images to reconstruct on. "
+                "Make more images or use a smaller batch."
+            )
+
     def tune(
         self, teacher: Teacher, student: Student, source: ImageSource, *, seed: int = 0, journal: Journal | None = None
     ) -> None:
@@ -126,19 +138,14 @@ class Reconstruct:
         journal: Journal,
         checkpoint: Checkpoint,
     ) -> None:
-        require_fixed_grids(student, "Reconstruction")
         images, blending = source.sample(self.images).images, stream(seed, "mixes")
+        self.check(student, len(images))
         if self.softened:
             cutoffs = torch.empty(len(images)).uniform_(*CUTOFFS, generator=stream(seed, "softened"))
             images = torch.cat([images, low_passed(images, cutoffs)])
         if self.mirrored:
             images = torch.cat([images, images.flip(-1)])
         images = torch.cat([images, *(mixed(images, blending) for _ in range(self.mixes))])
-        if len(images) < self.batch_size:
-            raise UserError(
-                f"The batch size {self.batch_size} is larger than the {len(images)} images to reconstruct on. "
-                "Make more images or use a smaller batch."
-            )
         device = teacher.device
         network = student.logits_network()
         reference = convert(teacher.network, student.scheme).to(device).logits_network()  # the same graph, untouched

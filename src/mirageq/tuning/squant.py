@@ -39,6 +39,10 @@ class SQuant:
     channels: bool = True
     then: Tuner | None = None
 
+    def check(self, student: Student, images: int) -> None:
+        """Raise a `UserError` for weights whose grid follows them."""
+        require_fixed_grids(student, "SQuant")
+
     def tune(
         self, teacher: Teacher, student: Student, source: ImageSource, *, seed: int = 0, journal: Journal | None = None
     ) -> None:
@@ -47,7 +51,7 @@ class SQuant:
         Raises:
             UserError: weights whose grid follows them.
         """
-        require_fixed_grids(student, "SQuant")
+        self.check(student, 0)
         for quantizer, weight in student.quantized_weights():
             with torch.no_grad():
                 scale, zero_point = quantizer.affine(weight)
