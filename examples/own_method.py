@@ -1,6 +1,7 @@
 """A method of your own, in one file: images that are smoothed noise.
 
-    cd examples && mirageq quantize timm:resnet18 --method own_method:SmoothNoise --bits w8a8 --out runs/mine
+    cd examples && mirageq quantize timm:resnet18 --method own_method:SmoothNoise --bits w8a8 \
+            --set tuner.steps=0 --out runs/mine
 
 Idea: noise blurred until it has the scale of objects.
 Reference: none.

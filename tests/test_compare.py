@@ -11,6 +11,7 @@ import pytest
 from mirageq import cli, compare
 from mirageq.compare import Comparison
 from mirageq.errors import UserError
+from mirageq.folders import alone
 from mirageq.methods.noise import Noise
 from mirageq.methods.zeroq import ZeroQ
 from mirageq.observe import Observer
@@ -169,6 +170,27 @@ def test_a_cut_line_costs_only_its_cell(place):
     path.write_text(path.read_text()[:-30])
     assert run(place, "--only", "noise") == 0
     assert len(rows(place)) == 4
+
+
+def test_damaged_features_are_told(place):
+    assert run(place, "--only", "noise w4a4 seed0") == 0
+    next(place.glob("out/work/images/*/features.safetensors")).write_bytes(b"junk")
+    with pytest.raises(UserError, match=r"features.safetensors is damaged .*; delete it"):
+        Comparison.open(place / "out").features()
+
+
+def test_a_cell_is_named_once(place):
+    plan = Plan.of({"methods": {"noise": {}}, "bits": ["w4a4", " W4A4"], "seeds": [1, 1]}, "the plan")
+    assert [cell.label for cell in plan.cells()] == ["noise w4a4 seed1"]
+
+
+def test_two_commands_never_fill_one_comparison(place, capsys):
+    pytest.importorskip("fcntl")
+    assert run(place, "--only", "noise w4a4 seed0") == 0
+    with alone(place / "out" / "protocol.json"):
+        assert run(place, "--only", "noise w3a3 seed0") == 2
+    assert "Another process is at work in" in capsys.readouterr().err
+    assert len(rows(place)) == 1
 
 
 def test_a_damaged_line_is_told_unless_it_is_the_last(tmp_path):

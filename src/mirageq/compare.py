@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mirageq import recipe as recipes
 from mirageq.data import LabelledImages
-from mirageq.errors import UserError
+from mirageq.errors import UserError, first_line
 from mirageq.evaluate import accuracy, intra_class_distance, silhouette
 from mirageq.folders import check_folder, file_name, write_text
 from mirageq.images import Batch, ImageSource, hash_tensors
@@ -132,7 +133,10 @@ class Comparison:
         for row in self.rows():
             path = self._images_of(row["method"], row["recipe"]["images"], row["seed"]) / "features.safetensors"
             if path.exists() and row["method"] not in found:
-                found[row["method"]] = Batch(**load_file(path))
+                try:
+                    found[row["method"]] = Batch(**load_file(path))
+                except SafetensorError as error:
+                    raise UserError(f"{path} is damaged ({first_line(error)}); delete it.") from error
         return found
 
     def synthesize(self, wanted: Recipe, cell: Cell, teacher: Teacher, console: Console) -> tuple[ImageSource, Journal]:
