@@ -44,10 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        print(f"mirageq: {error.strerror or error}{where}. {_how_to_continue(options)}", file=sys.stderr)
+        print(f"mirageq: {error.strerror or error}{where}. {_how_to_continue(options)}".rstrip(), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\nmirageq: interrupted. {_how_to_continue(options)}", file=sys.stderr)
+        print(f"\nmirageq: interrupted. {_how_to_continue(options)}".rstrip(), file=sys.stderr)
         return INTERRUPTED
     return 0
 
@@ -58,7 +58,7 @@ def _how_to_continue(options: argparse.Namespace) -> str:
         return f"Continue with: mirageq quantize --resume {out}"
     if out and (out / PROTOCOL).exists():
         return f"{len(Comparison.open(out).rows())} cells in {out} are finished; the same command continues."
-    return "Nothing was written."
+    return ""
 
 
 def _quantize(options: argparse.Namespace, only_images: bool = False) -> None:

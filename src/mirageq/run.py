@@ -166,10 +166,9 @@ class Run:
         """
         if network_hash(teacher) != self.record["network"]["sha256"]:
             raise UserError(f"The network has changed since {self.folder} was begun; start a new run for it.")
-        journal = Journal(self.folder, console, checkpoint_seconds=checkpoint_seconds)
         with alone(self.folder / RECORD):
             try:
-                return self._carry_out(teacher, journal)
+                return self._carry_out(teacher, Journal(self.folder, console, checkpoint_seconds=checkpoint_seconds))
             except UserError:
                 self._discard_unless_begun()
                 raise

@@ -48,7 +48,7 @@ def fold_batch_norms(module: GraphModule) -> GraphModule:
 
 
 def is_folded_norm(layer: Node) -> bool:
-    """Whether a layer is what became of a norm that no layer came before."""
+    """Whether a layer is what became of a norm that could not go into a layer before it."""
     return FOLDED in layer.meta
 
 
