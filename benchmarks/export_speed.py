@@ -20,8 +20,8 @@ from mirageq import Scheme, Teacher, models
 from mirageq.export import deliver
 from mirageq.export.emit import PROFILES
 from mirageq.methods.real import Real
+from mirageq.models import NetworkChoice, load_teacher
 from mirageq.quant import convert
-from mirageq.run import NetworkChoice, load_teacher
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parents[1] / "shared" / "data"

@@ -32,7 +32,7 @@ from mirageq.export.pack import open_pack, write_pack
 from mirageq.export.verify import open_file
 from mirageq.images import SyntheticSet
 from mirageq.methods.real import Real
-from mirageq.run import NetworkChoice, load_teacher
+from mirageq.models import NetworkChoice, load_teacher
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parents[1] / "shared" / "data"

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 
 from mirageq.generator import convolve_doubled
 from mirageq.losses import bn_alignment
+from mirageq.models import NetworkChoice, load_teacher
 from mirageq.moments import channel_statistics
-from mirageq.run import NetworkChoice, load_teacher
 
 ROUNDS = 7
 

@@ -16,11 +16,12 @@ from rich.console import Console
 from rich.table import Table
 
 from mirageq import Journal, Noise, Recipe, agreement, quantize, recipe
+from mirageq.models import NetworkChoice, load_teacher
 from mirageq.pipeline import calibrate
 from mirageq.process import keep_freed_memory
 from mirageq.quant import convert
 from mirageq.report import contact_sheet, loss_curves
-from mirageq.run import NetworkChoice, Run, load_teacher
+from mirageq.run import Run
 
 HELD_OUT, HELD_OUT_SEED = 32, 1
 

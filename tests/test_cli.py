@@ -20,8 +20,9 @@ from torch.export import Dim, export
 
 from mirageq import Distill, Teacher, ZeroQ, cli
 from mirageq.folders import alone
+from mirageq.models import NetworkChoice, load_teacher
 from mirageq.recipe import SECTIONS, Recipe
-from mirageq.run import NetworkChoice, Run, load_teacher
+from mirageq.run import Run
 from mirageq.testing import SHAPE, TinyResNet
 
 TINY = ["py:mirageq.testing:TinyResNet", "--image-shape", ",".join(map(str, SHAPE)), "--device", "cpu"]

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from mirageq import recipe
-from mirageq.run import NetworkChoice
+from mirageq.models import NetworkChoice
 from mirageq.testing import METHOD_CHECKS, SHAPE
 
 

@@ -19,9 +19,10 @@ from mirageq.arguments import MODEL, parser
 from mirageq.compare import PROTOCOL, Comparison
 from mirageq.errors import UserError
 from mirageq.folders import RECORD, alone, check_folder
+from mirageq.models import NetworkChoice, load_teacher
 from mirageq.parallel import Setting, fill_in_parallel
 from mirageq.plan import Plan
-from mirageq.run import NetworkChoice, Run, load_teacher
+from mirageq.run import Run
 from mirageq.show import show_comparisons, show_run, summarise
 from mirageq.tables import describe
 from mirageq.teacher import Teacher
@@ -174,12 +175,12 @@ def _proving_images(options: argparse.Namespace, run: Run, teacher: Teacher) -> 
 
 
 def _pack(options: argparse.Namespace) -> None:
-    from mirageq.export.adapters import write_folder, write_numpy
+    from mirageq.export.adapters import check_copies, write_folder, write_numpy
     from mirageq.export.pack import open_pack, write_pack
 
     run = Run.open(options.run)
     images = run.images()
-    _check_places(options)
+    check_copies(options.out, options.folder, options.numpy)
     made_by = {
         "network": run.choice.name,
         "network_sha256": run.record["network"]["sha256"],
@@ -196,21 +197,6 @@ def _pack(options: argparse.Namespace) -> None:
     print(
         f"wrote {manifest.count} images to {options.out}; {100 * manifest.clipped:.2f} % of their values were clipped"
     )
-
-
-def _check_places(options: argparse.Namespace) -> None:
-    """Raise a `UserError` unless a pack can be written to --folder and --numpy as well."""
-    if options.folder:
-        check_folder(options.folder)
-        if options.out.absolute() in (options.folder.absolute(), *options.folder.absolute().parents):
-            raise UserError(f"--folder {options.folder} lies in the pack {options.out}; give a folder beside it.")
-    if options.numpy:
-        if not options.numpy.absolute().parent.is_dir():
-            raise UserError(f"There is no folder {options.numpy.parent} to write {options.numpy.name} in.")
-        if options.numpy.suffix != ".npy":
-            raise UserError(f"--numpy writes a .npy file; got {options.numpy}.")
-        if options.numpy.exists():
-            raise UserError(f"{options.numpy} exists already; give another name.")
 
 
 def _look_up(options: argparse.Namespace) -> None:

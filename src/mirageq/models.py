@@ -20,6 +20,7 @@ from mirageq.capture import load_exported
 from mirageq.demo_weights import to_timm_names
 from mirageq.errors import UserError, did_you_mean, first_line
 from mirageq.modules import module_of
+from mirageq.teacher import Teacher
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DEMO = "demo:efficientnet-lite0"
@@ -87,6 +88,49 @@ def load(
         mean=mean or known.get("mean"),
         std=std or known.get("std"),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkChoice:
+    """What `models.load` needs to find a network again."""
+
+    name: str
+    checkpoint: str | None = None
+    image_shape: tuple[int, int, int] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    def known(self, teacher: Teacher) -> NetworkChoice:
+        """The same, with files by their whole path, and with the shape and normalisation that the network came with."""
+        prefix, _, source = self.name.partition(":")
+        file, _, attribute = source.rpartition(":")
+        name = self.name
+        if prefix == "py" and file.endswith(".py"):
+            name = f"py:{Path(file).absolute()}:{attribute}"
+        elif name.endswith(".pt2"):
+            name = str(Path(name).absolute())
+        return NetworkChoice(
+            name=name,
+            checkpoint=str(Path(self.checkpoint).absolute()) if self.checkpoint else None,
+            image_shape=teacher.image_shape,
+            mean=teacher.mean,
+            std=teacher.std,
+        )
+
+    def load(self) -> Network:
+        return load(
+            self.name,
+            checkpoint=Path(self.checkpoint) if self.checkpoint else None,
+            image_shape=self.image_shape,
+            mean=self.mean,
+            std=self.std,
+        )
+
+
+def load_teacher(choice: NetworkChoice, device: str = "cpu") -> Teacher:
+    """The teacher behind a choice of network."""
+    network = choice.load()
+    return Teacher.wrap(network.model, network.image_shape, mean=network.mean, std=network.std, device=device)
 
 
 def load_checkpoint(model: nn.Module, path: Path) -> None:

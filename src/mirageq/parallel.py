@@ -20,9 +20,9 @@ from mirageq.compare import Comparison
 from mirageq.data import open_images
 from mirageq.errors import UserError
 from mirageq.folders import file_name, write_text
+from mirageq.models import NetworkChoice, load_teacher
 from mirageq.plan import Cell, Plan
 from mirageq.process import compute_in_float32, end_with_parent, keep_freed_memory
-from mirageq.run import NetworkChoice, load_teacher
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import json
 import platform
 import subprocess
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -15,11 +15,11 @@ from torch import nn
 from torch.export import ExportedProgram
 
 import mirageq
-from mirageq import models
 from mirageq.errors import UserError
 from mirageq.folders import RECORD, alone, check_folder, write_text
 from mirageq.images import ImageSource, SyntheticSet, hash_tensors
 from mirageq.journal import SECONDS, Journal
+from mirageq.models import NetworkChoice, load_teacher
 from mirageq.pipeline import Result, check_pixel_range, quantize
 from mirageq.precision import has_bfloat16
 from mirageq.quant import Student
@@ -29,49 +29,6 @@ from mirageq.teacher import Teacher
 
 FORMAT = 1
 IMAGES, STUDENT = "synthetic.safetensors", "student.safetensors"
-
-
-@dataclass(frozen=True, kw_only=True)
-class NetworkChoice:
-    """What `models.load` needs to find a network again."""
-
-    name: str
-    checkpoint: str | None = None
-    image_shape: tuple[int, int, int] | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-
-    def known(self, teacher: Teacher) -> NetworkChoice:
-        """The same, with files by their whole path, and with the shape and normalisation that the network came with."""
-        prefix, _, source = self.name.partition(":")
-        file, _, attribute = source.rpartition(":")
-        name = self.name
-        if prefix == "py" and file.endswith(".py"):
-            name = f"py:{Path(file).absolute()}:{attribute}"
-        elif name.endswith(".pt2"):
-            name = str(Path(name).absolute())
-        return NetworkChoice(
-            name=name,
-            checkpoint=str(Path(self.checkpoint).absolute()) if self.checkpoint else None,
-            image_shape=teacher.image_shape,
-            mean=teacher.mean,
-            std=teacher.std,
-        )
-
-    def load(self) -> models.Network:
-        return models.load(
-            self.name,
-            checkpoint=Path(self.checkpoint) if self.checkpoint else None,
-            image_shape=self.image_shape,
-            mean=self.mean,
-            std=self.std,
-        )
-
-
-def load_teacher(choice: NetworkChoice, device: str = "cpu") -> Teacher:
-    """The teacher behind a choice of network."""
-    network = choice.load()
-    return Teacher.wrap(network.model, network.image_shape, mean=network.mean, std=network.std, device=device)
 
 
 class Run:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from mirageq.errors import UserError
 from mirageq.export.pack import Pack
-from mirageq.folders import replacing
+from mirageq.folders import check_folder, replacing
 
 
 def onnxruntime_reader(pack: Pack, input_name: str = "images", *, batch_size: int = 1) -> Any:
@@ -99,6 +99,21 @@ def write_folder(pack: Pack, folder: Path) -> None:
             Image.fromarray(np.asarray(image).squeeze()).save(place / f"{index:06d}.png")
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}.") from error
+
+
+def check_copies(pack: Path, folder: Path | None, numpy: Path | None) -> None:
+    """Raise a `UserError` unless these copies can be written beside a new pack."""
+    if folder:
+        check_folder(folder)
+        if pack.absolute() in (folder.absolute(), *folder.absolute().parents):
+            raise UserError(f"--folder {folder} lies in the pack {pack}; give a folder beside it.")
+    if numpy:
+        if not numpy.absolute().parent.is_dir():
+            raise UserError(f"There is no folder {numpy.parent} to write {numpy.name} in.")
+        if numpy.suffix != ".npy":
+            raise UserError(f"--numpy writes a .npy file; got {numpy}.")
+        if numpy.exists():
+            raise UserError(f"{numpy} exists already; give another name.")
 
 
 def _batches(pack: Pack, batch_size: int) -> Iterator[np.ndarray]:
