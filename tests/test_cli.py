@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.export import Dim, export
 
-from mirageq import Distill, Teacher, ZeroQ, cli
+from mirageq import Distill, Teacher, UserError, ZeroQ, cli
 from mirageq.folders import alone
 from mirageq.models import NetworkChoice, load_teacher
 from mirageq.recipe import SECTIONS, Recipe
@@ -30,6 +30,17 @@ QUICK = [
     *("--set", "images=16", "--set", "calibration_images=16", "--set", "method.iterations=4"),
     *("--set", "method.batch_size=8", "--set", "tuner.steps=6", "--set", "tuner.batch_size=8"),
 ]
+
+
+MINE = """
+from dataclasses import dataclass
+from mirageq import Noise
+
+@dataclass(frozen=True, kw_only=True)
+class Mine:
+    def synthesize(self, teacher, count, *, seed=0, journal=None):
+        return Noise().synthesize(teacher, count, seed=seed)
+"""
 
 
 def quantize(out, *more):
@@ -233,6 +244,7 @@ SHAPED = ["--image-shape", "3,16,16"]
         ([*TINY, "--set", "tuner.name=reconstruct"], "Set scheme.weight_range to mse or percentile"),
         ([*TINY[:-1], "gpu"], "There is no device 'gpu'"),
         ([*TINY[:-1], "meta"], "There is no device 'meta'"),
+        ([*TINY[:-1], "cpu:"], "There is no device 'cpu:'"),
         (["nowhere.pt2"], "There is no file nowhere.pt2."),
         ([*TINY, "--bits", "int4"], "int4"),
         ([*TINY, "--recipe", "intraq-cifar"], "did you mean 'intraq-cifar10"),
@@ -480,6 +492,7 @@ def test_an_interrupted_run_goes_on_with_its_network_from_elsewhere(tmp_path, ca
     assert "cannot be imported" in capsys.readouterr().err
     assert cli.main(["quantize", f"py:{tmp_path / 'moved.py'}:build", "--resume", str(out)]) == 0
     assert "w4a4" not in capsys.readouterr().out  # it only makes images
+    assert json.loads((out / "run.json").read_text())["network"]["name"] == f"py:{tmp_path / 'moved.py'}:build"
 
 
 def test_an_unfinished_run_says_so_and_shows_its_curves(tmp_path, capsys, monkeypatch):
@@ -526,5 +539,27 @@ def test_what_cannot_be_shown_or_measured_is_told(finished, tmp_path, capsys):
 
 
 def test_written_files_can_be_read_by_others(finished):
+    os.umask(mask := os.umask(0))
     modes = {stat.S_IMODE(path.stat().st_mode) for path in finished.iterdir() if path.is_file()}
-    assert len(modes) == 1
+    assert modes == {0o666 & ~mask}
+
+
+def test_a_method_from_a_file_is_found_again(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["synthesize", *TINY, "--method", "mine.py:Mine", "--count", "2", "--out", "run"]) == 0
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["recipe"]["method"]["name"] == f"{tmp_path / 'mine.py'}:Mine"
+    assert Run.open(tmp_path / "run").recipe.images == 2
+    (tmp_path / "mine.py").unlink()
+    capsys.readouterr()
+    assert cli.main(["show", "run"]) == 0
+
+
+def test_a_run_that_another_process_finished_is_not_done_again(tmp_path):
+    out = tmp_path / "run"
+    assert quantize(out) == 0
+    run = Run.open(out)
+    run.record["status"] = "running"  # as it was read before the other process finished it
+    with pytest.raises(UserError, match="was finished by another process meanwhile"):
+        run.execute(load_teacher(run.choice))

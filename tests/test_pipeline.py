@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mirageq import Distill, IntraQ, Noise, Scheme, Teacher, UserError, agreement, quantize
+from mirageq import GDFQ, Distill, IntraQ, Noise, Scheme, Teacher, UserError, agreement, quantize
 from mirageq.testing import CLASSES, SHAPE, TinyResNet
+from mirageq.tuning import Reconstruct, SQuant
 
 SMALL = {"images": 32, "calibration_images": 32, "tuner": Distill(steps=20, batch_size=8, kd_weight=1.0, ce_weight=0.0)}
 
@@ -61,3 +62,14 @@ def test_a_teacher_has_its_own_device():
     teacher = Teacher.wrap(TinyResNet(), SHAPE)
     with pytest.raises(UserError, match="The teacher is on cpu; wrap it with device=meta instead"):
         quantize(teacher, Noise(), device="meta")
+
+
+def test_a_generator_never_runs_out_of_images():
+    teacher, quick = Teacher.wrap(TinyResNet(), SHAPE), {"warmup": 1, "batch_size": 4, "width": 8, "latent": 4}
+    tuner = Reconstruct(steps=1, images=16, batch_size=16, then=Distill(steps=1, batch_size=16, ce_weight=0.0))
+    scheme = Scheme(weight_range="mse")
+    quantize(teacher, GDFQ(**quick), scheme=scheme, tuner=tuner, images=8, calibration_images=8)
+    with pytest.raises(UserError, match="batch size 16 is larger than the 8 images to reconstruct on"):
+        quantize(teacher, Noise(), scheme=scheme, tuner=tuner, images=8, calibration_images=8)
+    with pytest.raises(UserError, match="batch size 16 is larger than the set of 8 synthetic images"):
+        quantize(teacher, Noise(), scheme=scheme, tuner=SQuant(then=Distill(batch_size=16)), images=8)

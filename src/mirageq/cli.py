@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -111,7 +111,9 @@ def _resume(options: argparse.Namespace) -> tuple[Run, Teacher]:
         name=options.model or run.choice.name,
         checkpoint=str(options.checkpoint) if options.checkpoint else None if options.model else run.choice.checkpoint,
     )
-    return run, load_teacher(found, _device(options))
+    teacher = load_teacher(found, _device(options))
+    run.record["network"] |= asdict(found.known(teacher))  # written once the run is finished
+    return run, teacher
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -131,7 +133,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     data = open_images(options.data, teacher.image_shape, resize=options.resize, limit=options.limit)
     networks: dict[str, Classifier] = {"full precision": teacher}
     if run:
-        networks[f"{run.recipe.scheme.bits} {run.record['recipe']['method']['name']}"] = run.student(teacher)
+        networks[f"{run.scheme.bits} {run.record['recipe']['method']['name']}"] = run.student(teacher)
     for name, network in networks.items():
         print(f"{name:>20}: {accuracy(network, data, teacher.mean, teacher.std, device=str(teacher.device))}")
 
@@ -278,8 +280,8 @@ def _refuse(options: argparse.Namespace, why: str, *names: str) -> None:
 def _device(options: argparse.Namespace) -> str:
     if options.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, number = options.device.partition(":")
-    if kind not in ("cpu", "cuda") or not (number or "0").isdecimal():
+    kind, colon, number = options.device.partition(":")
+    if kind not in ("cpu", "cuda") or (colon and not number.isdecimal()):
         raise UserError(f"There is no device '{options.device}'; give cpu, cuda, cuda:1 and so on, or auto.")
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
         raise UserError(f"There is no CUDA device for --device {options.device}; use --device cpu.")

@@ -22,12 +22,13 @@ from mirageq.data import LabelledImages
 from mirageq.errors import UserError, first_line
 from mirageq.evaluate import accuracy, intra_class_distance, silhouette
 from mirageq.folders import check_folder, file_name, write_text
+from mirageq.generator import set_size
 from mirageq.images import Batch, ImageSource, hash_tensors
 from mirageq.journal import Journal, read_lines
 from mirageq.pipeline import teach
 from mirageq.plan import Cell, Plan
 from mirageq.protocol import Protocol, first_difference
-from mirageq.quant import convert
+from mirageq.quant import Student, convert
 from mirageq.recipe import Recipe, Table
 from mirageq.run import machine, peak_memory, versions
 from mirageq.teacher import Teacher
@@ -79,6 +80,8 @@ class Comparison:
             else accuracy(teacher, data, teacher.mean, teacher.std, device=str(teacher.device)).top1
         )
         protocol = Protocol.of(network, teacher, data.name, data, wanted, full)
+        if before is None and path.exists():  # begun by another process meanwhile
+            before = Protocol.load(path)
         if before:
             protocol.require_same(before, Path("This call"), folder)
         else:
@@ -154,10 +157,19 @@ class Comparison:
             source = wanted.method.synthesize(teacher, wanted.images, seed=cell.seed, journal=painting)
         return source, painting
 
+    def student(self, wanted: Recipe, teacher: Teacher) -> Student:
+        """The student that a cell begins with.
+
+        Raises:
+            UserError: the scheme does not fit the network, or the tuner could not tune it.
+        """
+        student = convert(teacher.network, wanted.scheme).to(teacher.device)
+        check(wanted.tuner, student, set_size(wanted.method, wanted.images))
+        return student
+
     def compute(self, wanted: Recipe, cell: Cell, teacher: Teacher, data: LabelledImages, console: Console) -> Row:
         """Make, calibrate, tune and measure the student of a cell; what is finished of its images is read."""
-        student = convert(teacher.network, wanted.scheme).to(teacher.device)
-        check(wanted.tuner, student, wanted.images)
+        student = self.student(wanted, teacher)
         source, painting = self.synthesize(wanted, cell, teacher, console)
         fingerprint = sha256(repr((self.protocol.weights_sha256, recipes.describe(wanted))).encode()).hexdigest()
         workplace = self.work / "cells" / f"{cell.folder}-{fingerprint[:8]}"  # nothing of another recipe

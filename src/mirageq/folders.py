@@ -40,14 +40,16 @@ def alone(path: Path) -> Iterator[None]:
     Raises:
         UserError: another process does.
     """
+    if not fcntl:
+        yield
+        return
     with path.open() as file:
-        if fcntl:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(f"Another process is at work in {path.parent}; wait for it, or stop it.") from error
-            except OSError:  # a file system without locks
-                pass
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"Another process is at work in {path.parent}; wait for it, or stop it.") from error
+        except OSError:  # a file system without locks
+            pass
         yield
 
 

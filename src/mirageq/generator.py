@@ -79,6 +79,11 @@ class GeneratorTraining:
         check_probability(self, "crop_probability")
 
 
+def set_size(method: object, images: int) -> int | None:
+    """How many images a method's set will have when `images` are asked for; None for a generator, which never ends."""
+    return None if isinstance(method, GeneratorTraining) else images
+
+
 class Generator(nn.Module):
     """(noise, labels) -> images: a quarter-size map is doubled twice, with three convolutions between.
 

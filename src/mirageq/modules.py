@@ -16,7 +16,7 @@ def module_of(source: str) -> ModuleType:
     if not source.endswith(".py"):
         with _importable(Path.cwd()):
             return importlib.import_module(source)
-    spec = importlib.util.spec_from_file_location(Path(source).stem, source)
+    spec = importlib.util.spec_from_file_location(Path(source).stem, Path(source).absolute())
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -132,6 +132,7 @@ def _result(setting: Setting, task: Task, console: Console) -> dict[str, Any]:
     comparison, wanted = setting.comparison, setting.plan.recipe_of(task.cell)
     teacher = load_teacher(setting.choice, setting.device)
     if task.only_images:
+        comparison.student(wanted, teacher)  # refuses before it paints
         comparison.synthesize(wanted, task.cell, teacher, console)
         return {}
     data = open_images(setting.data, teacher.image_shape, resize=setting.resize, limit=setting.limit)

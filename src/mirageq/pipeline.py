@@ -9,6 +9,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from mirageq.errors import UserError
+from mirageq.generator import set_size
 from mirageq.images import ImageSource
 from mirageq.journal import Journal
 from mirageq.methods import Method
@@ -76,7 +77,7 @@ def quantize(
     journal = journal or Journal()
     if isinstance(model, Teacher):
         teacher = model
-        if device is not None and torch.device(device).type != teacher.device.type:
+        if device is not None and not _same(torch.device(device), teacher.device):
             raise UserError(f"The teacher is on {teacher.device}; wrap it with device={device} instead.")
     elif image_shape is None:
         raise UserError("Give image_shape=(channels, height, width), the shape the network was trained with.")
@@ -86,11 +87,15 @@ def quantize(
     scheme, tuner = scheme or Scheme(), tuner or Distill()
     with journal.timed("convert"):  # first, so that a scheme that does not fit is refused before any image is made
         student = convert(teacher.network, scheme).to(teacher.device)
-        check(tuner, student, images)
+        check(tuner, student, set_size(method, images))
     with journal.timed("synthesize"):
         source = method.synthesize(teacher, images, seed=seed, journal=journal)
     teach(teacher, student, source, tuner, calibration_images=calibration_images, seed=seed, journal=journal)
     return Result(teacher, student, source, journal.seconds)
+
+
+def _same(wanted: torch.device, own: torch.device) -> bool:
+    return wanted.type == own.type and wanted.index in (None, own.index)
 
 
 def check_pixel_range(teacher: Teacher, method: Method) -> None:

@@ -246,7 +246,10 @@ def _name(registry: dict[str, type], value: object) -> str:
     for name, kind in registry.items():
         if type(value) is kind:
             return name
-    return f"{type(value).__module__}:{type(value).__qualname__}"
+    module = type(value).__module__
+    if module not in sys.modules:  # read from a file by its path
+        module = type(value).synthesize.__code__.co_filename  # type: ignore[attr-defined]
+    return f"{module}:{type(value).__qualname__}"
 
 
 def _values(value: object) -> Table:

@@ -22,7 +22,7 @@ from mirageq.journal import SECONDS, Journal
 from mirageq.models import NetworkChoice, load_teacher
 from mirageq.pipeline import Result, check_pixel_range, quantize
 from mirageq.precision import has_bfloat16
-from mirageq.quant import Student
+from mirageq.quant import Scheme, Student
 from mirageq.recipe import Recipe, Table, build, describe, settings
 from mirageq.storage import load_student, network_hash, save_student
 from mirageq.teacher import Teacher
@@ -108,6 +108,11 @@ class Run:
         return build(self.record["recipe"])
 
     @property
+    def scheme(self) -> Scheme:
+        """The recipe's, which can be read where the method's code cannot be found."""
+        return settings(Scheme, self.record["recipe"]["scheme"], "the scheme")
+
+    @property
     def seed(self) -> int:
         return self.record["seed"]
 
@@ -124,6 +129,8 @@ class Run:
         if network_hash(teacher) != self.record["network"]["sha256"]:
             raise UserError(f"The network has changed since {self.folder} was begun; start a new run for it.")
         with alone(self.folder / RECORD):
+            if Run.open(self.folder).finished:
+                raise UserError(f"{self.folder} was finished by another process meanwhile.")
             try:
                 return self._carry_out(teacher, Journal(self.folder, console, checkpoint_seconds=checkpoint_seconds))
             except UserError:

@@ -31,7 +31,7 @@ def summarise(run: Run, console: Console) -> None:
     record = run.record
     grid = Grid(box=None, show_header=False, pad_edge=False)
     grid.add_row("network", record["network"]["name"])
-    scheme = "" if record["only_images"] else f" {run.recipe.scheme.bits} {run.recipe.scheme.placement}"
+    scheme = "" if record["only_images"] else f" {run.scheme.bits} {run.scheme.placement}"
     grid.add_row("recipe", f"{record['recipe']['method']['name']}{scheme}")
     if run.finished:
         if student := record.get("student"):

@@ -319,3 +319,34 @@ def test_a_weight_may_be_a_buffer(placement):
     for tuner in (SQuant(), Reconstruct(steps=2, images=8, batch_size=4)):
         student = quantize(teacher, Noise(), scheme=scheme, tuner=tuner, images=8, calibration_images=8).student
         assert student.size().weight_bytes == (8 * 27 + 8 * 9 + 40) // 2
+
+
+@pytest.mark.parametrize("placement", ["paper", "deploy"])
+def test_a_norm_behind_the_last_layer_does_not_become_it(placement):
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc, self.bn = nn.Conv2d(3, 8, 3), nn.Linear(8, 5), nn.BatchNorm1d(5)
+
+        def forward(self, x):
+            return self.bn(torch.relu(self.fc(torch.relu(self.conv(x)).mean((2, 3)))))
+
+    teacher = Teacher.wrap(Normed(), SHAPE)
+    student = convert(teacher.network, Scheme(placement=placement, first_last_bits=8))
+    student.calibrate([torch.randn(4, *SHAPE)])
+    assert student.weight_quantizers["fc"].bits == 8
+    assert student.observe(torch.randn(4, *SHAPE))[1].shape == (4, teacher.feature_dim) == (4, 8)
+
+
+def test_only_deploy_keeps_what_normalises_the_image_at_8_bits():
+    class Clipping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+
+        def forward(self, x):
+            return self.fc(torch.relu(self.conv(x.clamp(0, 1))).mean((2, 3)))
+
+    network = capture(Clipping(), SHAPE)
+    for placement, bits in (("paper", 4), ("deploy", 8)):
+        assert next(iter(convert(network, Scheme(placement=placement)).activation_quantizers.values())).bits == bits

@@ -66,7 +66,7 @@ def find(name: str) -> type:
         return METHODS[name]
     if ":" not in name:
         raise UserError(f"There is no method '{name}'; {did_you_mean(name, METHODS)}. Your own: package.module:Name.")
-    module, _, attribute = name.partition(":")
+    module, _, attribute = name.rpartition(":")
     try:
         found = getattr(module_of(module), attribute)
     except Exception as error:

@@ -62,9 +62,10 @@ def convert(network: GraphModule, scheme: Scheme) -> Student:
     for parameter in module.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     graph = module.graph
-    layers, last = weighted(graph), last_layer(graph)
+    layers = weighted(graph)
     leading = list(takewhile(is_folded_norm, layers))  # norms of the image itself belong to the first layer behind them
-    first = layers[min(len(leading), len(layers) - 1)]
+    real = [layer for layer in layers if not is_folded_norm(layer)]
+    first, last = real[0], real[-1]
     planned = plan(graph, scheme.placement)
     reads = {layer: (layer.args[0], stored_bias(layer)) for layer in layers}  # before quantizers come between
 
@@ -93,7 +94,9 @@ def _special_bits(
         bits |= {node: scheme.first_output_bits for node, layer in flow.items() if layer is first}
     if scheme.first_last_bits is not None:
         bits[feeding(last.args[0], planned)] = scheme.first_last_bits
-    return bits | {node: IMAGE_BITS for node, layer in flow.items() if layer.op == "placeholder" or layer in leading}
+    if scheme.placement == "deploy":
+        bits |= {node: IMAGE_BITS for node, layer in flow.items() if layer.op == "placeholder" or layer in leading}
+    return bits
 
 
 def _quantize_activations(

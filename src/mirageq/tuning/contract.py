@@ -22,10 +22,11 @@ class Tuner(Protocol):
         ...
 
 
-def check(tuner: Tuner, student: Student, images: int) -> None:
-    """Ask a tuner, and what follows it, whether it can tune this student on a set of `images` before any is made.
+def check(tuner: Tuner, student: Student, images: int | None) -> None:
+    """Ask a tuner, and what follows it, whether it can tune this student on so many images, before any is made.
 
-    A tuner may have `check(student, images)`, which raises a `UserError` that says why not.
+    None stands for a source that never ends. A tuner may have `check(student, images)`, which raises a `UserError` that
+    says why not.
     """
     if refuse := getattr(tuner, "check", None):
         refuse(student, images)

@@ -95,9 +95,9 @@ class Distill:
         if self.mix and self.ce_weight:
             raise UserError(f"Mixed images have no label to learn: mix needs ce_weight = 0; got {self.ce_weight}.")
 
-    def check(self, student: Student, images: int) -> None:
+    def check(self, student: Student, images: int | None) -> None:
         """Raise a `UserError` for fewer images than a batch."""
-        if self.steps:
+        if self.steps and images is not None:
             check_batch(self.batch_size, images)
 
     def tune(

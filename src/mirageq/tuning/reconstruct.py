@@ -101,12 +101,13 @@ class Reconstruct:
         if isinstance(self.then, Reconstruct):
             raise UserError("What follows a reconstruction is another tuner; give this one more steps instead.")
 
-    def check(self, student: Student, images: int) -> None:
+    def check(self, student: Student, images: int | None) -> None:
         """Raise a `UserError` for weights whose grid follows them, or fewer images than a batch."""
         if not self.steps:
             return
         require_fixed_grids(student, "Reconstruction")
-        count = min(images, self.images) * (1 + self.softened) * (1 + self.mirrored) * (1 + self.mixes)
+        given = self.images if images is None else min(images, self.images)
+        count = given * (1 + self.softened) * (1 + self.mirrored) * (1 + self.mixes)
         if count < self.batch_size:
             raise UserError(
                 f"The batch size {self.batch_size} is larger than the {count} images to reconstruct on. "

@@ -39,7 +39,7 @@ class SQuant:
     channels: bool = True
     then: Tuner | None = None
 
-    def check(self, student: Student, images: int) -> None:
+    def check(self, student: Student, images: int | None = None) -> None:
         """Raise a `UserError` for weights whose grid follows them."""
         require_fixed_grids(student, "SQuant")
 
@@ -51,7 +51,7 @@ class SQuant:
         Raises:
             UserError: weights whose grid follows them.
         """
-        self.check(student, 0)
+        self.check(student)
         for quantizer, weight in student.quantized_weights():
             with torch.no_grad():
                 scale, zero_point = quantizer.affine(weight)
