@@ -22,17 +22,14 @@ from mirageq.data import LabelledImages
 from mirageq.errors import UserError, first_line
 from mirageq.evaluate import accuracy, intra_class_distance, silhouette
 from mirageq.folders import check_folder, file_name, write_text
-from mirageq.generator import set_size
 from mirageq.images import Batch, ImageSource, hash_tensors
 from mirageq.journal import Journal, read_lines
-from mirageq.pipeline import teach
+from mirageq.pipeline import teach, untuned
 from mirageq.plan import Cell, Plan
 from mirageq.protocol import Protocol, first_difference
-from mirageq.quant import Student, convert
 from mirageq.recipe import Recipe, Table
 from mirageq.run import machine, peak_memory, versions
 from mirageq.teacher import Teacher
-from mirageq.tuning.contract import check
 
 PROTOCOL, CELLS = "protocol.json", "cells.jsonl"
 MEASURED_IMAGES = 1000  # images whose features are looked at
@@ -157,19 +154,9 @@ class Comparison:
             source = wanted.method.synthesize(teacher, wanted.images, seed=cell.seed, journal=painting)
         return source, painting
 
-    def student(self, wanted: Recipe, teacher: Teacher) -> Student:
-        """The student that a cell begins with.
-
-        Raises:
-            UserError: the scheme does not fit the network, or the tuner could not tune it.
-        """
-        student = convert(teacher.network, wanted.scheme).to(teacher.device)
-        check(wanted.tuner, student, set_size(wanted.method, wanted.images))
-        return student
-
     def compute(self, wanted: Recipe, cell: Cell, teacher: Teacher, data: LabelledImages, console: Console) -> Row:
         """Make, calibrate, tune and measure the student of a cell; what is finished of its images is read."""
-        student = self.student(wanted, teacher)
+        student = untuned(teacher, wanted.method, wanted.scheme, wanted.tuner, wanted.images)
         source, painting = self.synthesize(wanted, cell, teacher, console)
         fingerprint = sha256(repr((self.protocol.weights_sha256, recipes.describe(wanted))).encode()).hexdigest()
         workplace = self.work / "cells" / f"{cell.folder}-{fingerprint[:8]}"  # nothing of another recipe

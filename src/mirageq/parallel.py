@@ -21,6 +21,7 @@ from mirageq.data import open_images
 from mirageq.errors import UserError
 from mirageq.folders import file_name, write_text
 from mirageq.models import NetworkChoice, load_teacher
+from mirageq.pipeline import untuned
 from mirageq.plan import Cell, Plan
 from mirageq.process import compute_in_float32, end_with_parent, keep_freed_memory
 
@@ -132,7 +133,7 @@ def _result(setting: Setting, task: Task, console: Console) -> dict[str, Any]:
     comparison, wanted = setting.comparison, setting.plan.recipe_of(task.cell)
     teacher = load_teacher(setting.choice, setting.device)
     if task.only_images:
-        comparison.student(wanted, teacher)  # refuses before it paints
+        untuned(teacher, wanted.method, wanted.scheme, wanted.tuner, wanted.images)  # refuses before it paints
         comparison.synthesize(wanted, task.cell, teacher, console)
         return {}
     data = open_images(setting.data, teacher.image_shape, resize=setting.resize, limit=setting.limit)

@@ -86,12 +86,18 @@ def quantize(
     check_pixel_range(teacher, method)
     scheme, tuner = scheme or Scheme(), tuner or Distill()
     with journal.timed("convert"):  # first, so that a scheme that does not fit is refused before any image is made
-        student = convert(teacher.network, scheme).to(teacher.device)
-        check(tuner, student, set_size(method, images))
+        student = untuned(teacher, method, scheme, tuner, images)
     with journal.timed("synthesize"):
         source = method.synthesize(teacher, images, seed=seed, journal=journal)
     teach(teacher, student, source, tuner, calibration_images=calibration_images, seed=seed, journal=journal)
     return Result(teacher, student, source, journal.seconds)
+
+
+def untuned(teacher: Teacher, method: Method, scheme: Scheme, tuner: Tuner, images: int) -> Student:
+    """The student before calibration; raises a `UserError` if the scheme or the tuner does not fit it."""
+    student = convert(teacher.network, scheme).to(teacher.device)
+    check(tuner, student, set_size(method, images))
+    return student
 
 
 def _same(wanted: torch.device, own: torch.device) -> bool:

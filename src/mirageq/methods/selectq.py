@@ -11,8 +11,7 @@ Differences from the official method:
      The paper needs no BatchNorm; without any, the classifier's input alone counts.
   3. How its clusters are formed "dynamically" is not told. Here each layer has its own: an image opens a new cluster
      where it lies farther from every centroid than a typical image from the mean, until `clusters` exist; k-means
-     settles them. Clusters of less than a quarter of an even share, such as outliers open, do not
-     count.
+     settles them. Clusters of less than a quarter of an even share, such as outliers open, do not count.
   4. Distances are divided by their mean in each layer before they are added, so that no layer counts for more.
 Cost: the other method's for `candidates_per_image` times the images, and one forward pass of the teacher.
 Choose it: when few images may be kept; whether it helps is measured in benchmarks/RESULTS.md.
