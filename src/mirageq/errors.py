@@ -48,7 +48,7 @@ def check_not_negative(settings: object, *names: str) -> None:
             raise UserError(f"{name} must not be negative; got {getattr(settings, name)}.")
 
 
-def check_probability(settings: object, *names: str) -> None:
+def check_fraction(settings: object, *names: str) -> None:
     """Raise a `UserError` for the first of these settings that lies outside [0, 1]."""
     for name in names:
         if not 0 <= getattr(settings, name) <= 1:

@@ -66,6 +66,22 @@ def running_statistics(norm: Node) -> tuple[Node, Node]:
     return norm.args[3], norm.args[4]
 
 
+def scale_and_shift(module: GraphModule, norm: Node, need: str) -> tuple[Tensor | None, Tensor | None]:
+    """The stored scale and shift, (C,) each, of a batch normalisation; None for one that it does without.
+
+    Raises:
+        UserError: the network computes one from the images; `need` says what stored ones are for, and the way out.
+    """
+    values = norm.args[1:3]
+    if not all(value is None or is_stored(value) for value in values):
+        raise UserError(
+            f"The batch normalisation '{norm.name}' computes its scale or shift from the images; only stored ones "
+            f"{need}"
+        )
+    gamma, beta = (None if value is None else stored(module, value).detach() for value in values)
+    return gamma, beta
+
+
 def last_layer(graph: torch.fx.Graph) -> Node:
     """The classifier: the convolution or linear layer that is computed last; what it reads are the features.
 

@@ -106,7 +106,7 @@ def test_a_scale_that_follows_the_images_is_said():
 
     network = capture(Own(), (3, 8, 8))
     convert(network, Scheme())
-    with pytest.raises(UserError, match="computes its scale or shift from the images, and remembers none"):
+    with pytest.raises(UserError, match="computes its scale or shift from the images; only stored ones are remembered"):
         convert(network, Scheme(ranges_from="batch_norms"))
     with pytest.raises(UserError, match="computes its scale or shift from the images; only stored ones can be folded"):
         convert(network, Scheme(placement="deploy"))

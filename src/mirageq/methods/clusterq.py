@@ -30,7 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mirageq.errors import UserError, check_not_negative
-from mirageq.generator import SAMPLE_BATCH, Draw, GeneratorSource, GeneratorTraining
+from mirageq.generator import GeneratorTraining
+from mirageq.generator_source import SAMPLE_BATCH, Draw, GeneratorSource
 from mirageq.graph import batch_norms, weighted
 from mirageq.images import ImageSource
 from mirageq.journal import Journal

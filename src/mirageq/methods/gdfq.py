@@ -19,7 +19,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mirageq.generator import GeneratorSource, GeneratorTraining
+from mirageq.generator import GeneratorTraining
+from mirageq.generator_source import GeneratorSource
 from mirageq.images import ImageSource
 from mirageq.journal import Journal
 from mirageq.teacher import Teacher

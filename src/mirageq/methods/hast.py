@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mirageq.augment import random_resized_crop
-from mirageq.errors import UserError, check_crop_scale, check_not_negative, check_probability
+from mirageq.errors import UserError, check_crop_scale, check_fraction, check_not_negative
 from mirageq.images import ImageSource
 from mirageq.journal import Journal
 from mirageq.losses import bn_alignment
@@ -53,7 +53,7 @@ class HAST(Descent):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_not_negative(self, "class_weight", "bn_weight")
-        check_probability(self, "crop_probability")
+        check_fraction(self, "crop_probability")
         check_crop_scale(self.crop_scale)
         if self.focus < 0:
             raise UserError(f"focus is an exponent of at least 0; got {self.focus}.")

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mirageq.augment import random_resized_crop
-from mirageq.errors import check_crop_scale, check_not_negative, check_probability
+from mirageq.errors import check_crop_scale, check_fraction, check_not_negative
 from mirageq.images import ImageSource
 from mirageq.journal import Journal
 from mirageq.losses import bn_alignment, check_margins, marginal_distance
@@ -68,7 +68,7 @@ class IntraQ(Descent):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_crop_scale(self.crop_scale)
-        check_probability(self, "crop_probability", "target_low")
+        check_fraction(self, "crop_probability", "target_low")
         check_margins(self.margin_low, self.margin_high)
         check_not_negative(self, "bn_weight", "inception_weight", "margin_weight")
 

@@ -31,7 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mirageq.errors import check_not_negative
-from mirageq.generator import Draw, GeneratorSource, GeneratorTraining
+from mirageq.generator import GeneratorTraining
+from mirageq.generator_source import Draw, GeneratorSource
 from mirageq.images import ImageSource
 from mirageq.journal import Journal
 from mirageq.losses import check_margins, marginal_distance

@@ -11,8 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from mirageq.errors import UserError
-from mirageq.graph import LINEAR, WEIGHTED, argument, aten, batch_norms, free_name, is_stored, layer_name, stored
+from mirageq.graph import (
+    LINEAR,
+    WEIGHTED,
+    argument,
+    aten,
+    batch_norms,
+    free_name,
+    is_stored,
+    layer_name,
+    scale_and_shift,
+    stored,
+)
 from mirageq.quant.remembered import MOMENTS
 
 FOLDED = "folded norm"
@@ -54,16 +64,12 @@ def is_folded_norm(layer: Node) -> bool:
 
 def _gain_and_shift(module: GraphModule, node: Node) -> tuple[Tensor, Tensor]:
     """(C,) each, in float64: products of small numbers are rounded once, in the folded weight."""
-    _, gamma, beta, mean, var, _, _, eps, *_ = node.args
-    if not all(value is None or is_stored(value) for value in (gamma, beta)):
-        raise UserError(
-            f"The batch normalisation '{node.name}' computes its scale or shift from the images; only stored ones can "
-            "be folded. Use the placement 'paper'."
-        )
+    gamma, beta = scale_and_shift(module, node, "can be folded. Use the placement 'paper'.")
+    _, _, _, mean, var, _, _, eps, *_ = node.args
     deviation = (stored(module, var).detach().double() + eps).sqrt()
-    gain = (stored(module, gamma).detach().double() if gamma is not None else 1.0) / deviation
+    gain = (gamma.double() if gamma is not None else 1.0) / deviation
     shift = -stored(module, mean).detach().double() * gain
-    return gain, shift + stored(module, beta).detach().double() if beta is not None else shift
+    return gain, shift + beta.double() if beta is not None else shift
 
 
 def _follows_its_layer(node: Node) -> bool:

@@ -19,8 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from mirageq.errors import UserError
-from mirageq.graph import batch_norms, is_stored, stored
+from mirageq.graph import batch_norms, scale_and_shift, stored
 
 MOMENTS = "remembered"
 """The key of a node's `meta` under which the moments of its output lie, two of (C,)."""
@@ -29,18 +28,12 @@ MOMENTS = "remembered"
 def remember_moments(network: GraphModule) -> None:
     """Note at each batch normalisation the mean and deviation of its output; folding hands them on to the layer."""
     for node in batch_norms(network.graph):
-        _, gamma, beta, _, var, *_ = node.args
-        if not all(value is None or is_stored(value) for value in (gamma, beta)):
-            raise UserError(
-                f"The batch normalisation '{node.name}' computes its scale or shift from the images, and remembers "
-                "none. Use scheme.ranges_from=images."
-            )
-        variance, eps = stored(network, var), node.args[7]
+        gamma, beta = scale_and_shift(network, node, "are remembered. Use scheme.ranges_from=images.")
+        variance, eps = stored(network, node.args[4]), node.args[7]
         deviation = (variance / (variance + eps)).sqrt()  # of a normalised channel: below 1 where it hardly varies
         if gamma is not None:
-            deviation = deviation * stored(network, gamma).detach().abs()
-        mean = torch.zeros_like(variance) if beta is None else stored(network, beta).detach()
-        node.meta[MOMENTS] = (mean, deviation)
+            deviation = deviation * gamma.abs()
+        node.meta[MOMENTS] = (torch.zeros_like(variance) if beta is None else beta, deviation)
 
 
 class Remembering(Interpreter):

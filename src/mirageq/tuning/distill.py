@@ -24,9 +24,9 @@ from mirageq.errors import (
     UserError,
     check_choices,
     check_crop_scale,
+    check_fraction,
     check_not_negative,
     check_positive,
-    check_probability,
 )
 from mirageq.images import Batch, ImageSource, check_batch
 from mirageq.journal import Journal
@@ -88,10 +88,8 @@ class Distill:
         check_choices(self)
         check_positive(self, "batch_size", "lr", "temperature", "lr_factor")
         check_not_negative(self, "steps", "momentum", "weight_decay", "kd_weight", "ce_weight", "feature_weight")
-        if not 0 <= self.warmup <= 1:
-            raise UserError(f"warmup is a fraction of the steps, in [0, 1]; got {self.warmup}.")
         check_crop_scale(self.crop_scale)
-        check_probability(self, "ce_confidence")
+        check_fraction(self, "warmup", "ce_confidence")
         if self.mix and self.ce_weight:
             raise UserError(f"Mixed images have no label to learn: mix needs ce_weight = 0; got {self.ce_weight}.")
 
