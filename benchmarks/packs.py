@@ -1,6 +1,6 @@
 """Do other tools calibrate as well on a pack of synthetic images as on real ones?
 
-    python benchmarks/packs.py imagenet_efficientnet_lite0 [--images RUN_IMAGES.safetensors]
+    python benchmarks/packs.py imagenet_efficientnet_lite0 --images RUN_IMAGES.safetensors
 
 Each network is quantized to 8 bits by `onnxruntime.quantization.quantize_static` (its default min-max ranges, and its
 percentile ranges) and by `nncf.quantize` (OpenVINO), fed with 64 images: IntraQ's, Gaussian noise, and real ones.

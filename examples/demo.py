@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def compare(choice: NetworkChoice, wanted: Recipe, out: Path, console: Console) -> dict[str, float]:
-    """Run the recipe and its two controls; print the table and return its agreements in percent."""
+    """Run the recipe and what it is compared with; print the table and return its agreements in percent."""
     teacher = load_teacher(choice)
     bits = wanted.scheme.bits
     console.print(f"\n[bold]1. The recipe[/] on {choice.name}: {wanted.images} images, {bits}, into {out}")
@@ -77,7 +77,7 @@ def compare(choice: NetworkChoice, wanted: Recipe, out: Path, console: Console) 
     console.print(table)
 
     contact_sheet(run.images().sample(1000), out / "images.png", mean=teacher.mean, std=teacher.std)
-    loss_curves(out / "history.jsonl", out / "curves.png")
+    loss_curves(out, out / "curves.png")
     console.print(
         "\nFour bits take more images and updates than a demo has: README.md says what the other recipes reach on real "
         "images, and how long they take."

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from mirageq import recipe
 from mirageq.models import NetworkChoice
+from mirageq.report import loss_curves
 from mirageq.testing import METHOD_CHECKS, SHAPE
 
 
@@ -43,5 +44,8 @@ def test_the_demo_compares_four_models_and_writes_a_run(tmp_path):
     assert all(0 <= share <= 100 for share in shares.values())
     for name, share in shares.items():
         assert f"{share:.1f} %" in next(line for line in screen.getvalue().splitlines() if name in line)
-    assert {"run.json", "images.png", "curves.png"} <= {path.name for path in (tmp_path / "demo").iterdir()}
+    assert {"run.json", "images.png"} <= {path.name for path in (tmp_path / "demo").iterdir()}
+    (nothing := tmp_path / "nothing").mkdir()
+    loss_curves(nothing, nothing / "curves.png")
+    assert (tmp_path / "demo" / "curves.png").read_bytes() != (nothing / "curves.png").read_bytes()
     assert demo.free_folder(tmp_path / "demo") == tmp_path / "demo-2"

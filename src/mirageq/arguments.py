@@ -123,7 +123,9 @@ def _export(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", type=Path, required=True, help="the file to write, something.onnx")
     command.add_argument("--profile", default="ort", help="runtime it is for: ort (default), openvino, tensorrt")
     command.add_argument("--pack-weights", action="store_true", help="weights of 4 bits and below as INT4, for storage")
-    command.add_argument("--runtimes", type=_words, metavar="A,B", help="to prove it in: onnxruntime, openvino")
+    command.add_argument(
+        "--runtimes", type=_words, metavar="A,B", help="to run it in besides the profile's own: onnxruntime, openvino"
+    )
     command.add_argument(
         "--images", type=_at_least(1), default=500, help="how many images prove it, at most (default: 500)"
     )

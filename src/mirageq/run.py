@@ -32,7 +32,7 @@ IMAGES, STUDENT = "synthetic.safetensors", "student.safetensors"
 
 
 class Run:
-    """A run directory. Make one with `create`, go on with `resume`, or read a finished one with `open`."""
+    """A run directory. Make one with `create` or find one with `open`; `execute` carries it out, or goes on with it."""
 
     def __init__(self, folder: Path, record: Table) -> None:
         self.folder, self.record = folder, record

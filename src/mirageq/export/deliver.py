@@ -54,8 +54,8 @@ def deliver(
     """Export a student to `path` and prove the file on normalised images (N, C, H, W).
 
     Args:
-        runtimes: to run it with; by default all that are installed. In the profile's own the file must agree with the
-            student; what the others make of it is reported.
+        runtimes: to run it with besides the profile's own, where it must agree with the student; what others make of it
+            is reported. By default all that are installed.
 
     Raises:
         UserError: the student cannot be exported, a runtime is missing, or the file does not agree with the student; in
@@ -70,9 +70,9 @@ def deliver(
             export_student(student, teacher, unproved, profile=profile, pack_weights=pack_weights)
             export_teacher(teacher, full)
             container = check_structure(unproved, profile)
-            chosen = _runtimes(PROFILES[profile].runtime) if runtimes is None else runtimes
             verifications = tuple(
-                verify(unproved, full, student, images, runtime=runtime, threads=threads) for runtime in chosen
+                verify(unproved, full, student, images, runtime=runtime, threads=threads)
+                for runtime in _runtimes(PROFILES[profile].runtime, runtimes)
             )
             for proof in verifications:
                 if proof.runtime == PROFILES[profile].runtime:
@@ -125,6 +125,10 @@ def _bytes(tensor: object) -> int:
     return -(-array.size // 2) if packed else array.nbytes
 
 
-def _runtimes(home: str | None) -> tuple[str, ...]:
-    """Where a file is run by default: at home, and wherever else it can be."""
-    return tuple(name for name in RUNTIMES if home and (name == home or installed(name)))
+def _runtimes(home: str | None, others: Sequence[str] | None) -> tuple[str, ...]:
+    """Where a file is run: at home, if it has one, and elsewhere as asked, or wherever it can be."""
+    if home is None:
+        return tuple(others or ())
+    if others is None:
+        others = [name for name in RUNTIMES if installed(name)]
+    return (home, *(name for name in others if name != home))

@@ -13,9 +13,8 @@ Differences from the official code, which does not compute what the paper descri
   3. The distance is averaged over layers and images (official: a divisor inside the loop leaves little but the last
      layer; `last_bn_weight` = 0.075 gives that effect, for the ablation).
   4. The diversity term has a gradient: the target, not the statistic and its own copy, carries the noise.
-  5. Centroids are set after the warm-up from one generated image per class, and moved only by images the teacher
-     recognises; the images are not cropped, and come in batches (official: one at a time through a training-mode
-     BatchNorm).
+  5. The images that centroids are set by after the warm-up (one a class) and moved by (those the teacher recognises,
+     as there) are not cropped, and come in batches (official: one at a time through a training-mode BatchNorm).
   6. As in GDFQ here: ranges are calibrated after the warm-up, and the distillation term's weight is the tuner's.
 Cost: GDFQ's, and one generated image per class and centroid update.
 Choose it: to study class-wise alignment; whether its parts earn their place is measured in benchmarks/RESULTS.md.

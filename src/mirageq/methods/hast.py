@@ -6,8 +6,8 @@ image is painted to full certainty at the expense of the statistics, and the set
 Reference: Li et al., "Hard Sample Matters a Lot in Zero-Shot Quantization", CVPR 2023.
 Differences from the official code: the student's side of HAST (images made harder by a signed step, attention aligned)
 is not here; any tuner can follow. Crops, which its ImageNet script shows half of the batches through, are a setting.
-Cost: that of ZeroQ with IntraQ's batch: one forward and backward pass an image and iteration, 1,000 iterations.
-Choose it: as the stable neighbour of IntraQ, without its centres and margins.
+Cost: IntraQ's: one forward and backward pass an image and iteration, 1,000 iterations.
+Choose it: for images of classes without IntraQ's centres and margins, and to judge students that learned elsewhere.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ Reference: Zhong et al., "IntraQ: Learning Synthetic Images with Intra-Class Het
 Quantization", CVPR 2022, arXiv 2111.09136.
 Differences from the official code (docs/methods.md has the reasons of the main ones):
   1. The released ImageNet script switches two of the three components off (margins 0 and 2, target 1). Here all
-     three are on; the ImageNet recipe carries the intended values (0.3, 0.8, 0.9).
+     three are on; the ImageNet recipe carries the values that two forks of the script have (0.3, 0.8, 0.9).
   2. As in the code, and unlike the paper's wording: the crop is tossed once per iteration for the whole batch and comes
      with a mirror flip, its size is an area fraction with a random aspect ratio, and half of the images get target 1.
   3. Crops are one differentiable sampling grid for the batch; torchvision's distribution, not its random stream.
@@ -21,7 +21,8 @@ Differences from the official code (docs/methods.md has the reasons of the main 
      epochs), with the EMA's bias corrected properly. The figure reported is the last step's, never the best on a test
      set.
 Cost: one teacher forward and backward pass an image and iteration; the paper takes 5,120 images x 1,000 iterations.
-Choose it: for 4 bits and below, together with distillation; at 8 bits a cheaper method will do.
+Choose it: where images have to show their class: packs for other tools, and beside ZeroQ's in a union. To tune on
+alone, ZeroQ's are as good at 4 bits and better at 3, at a fraction of the cost (benchmarks/RESULTS.md).
 """
 
 from __future__ import annotations

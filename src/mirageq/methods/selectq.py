@@ -14,7 +14,7 @@ Differences from the official method:
      settles them. Clusters of less than a quarter of an even share, such as outliers open, do not count.
   4. Distances are divided by their mean in each layer before they are added, so that no layer counts for more.
 Cost: the other method's for `candidates_per_image` times the images, and one forward pass of the teacher.
-Choose it: when few images may be kept; whether it helps is measured in benchmarks/RESULTS.md.
+Choose it: to study selection; among images painted to the same statistics it did not help (benchmarks/RESULTS.md).
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Idea: minimise `T^2 KL(teacher || student)` at temperature T, plus (if wanted) c
 were made for and the distance of the penultimate features, over weights, biases and BatchNorm scales and shifts.
 Reference: Hinton et al. 2015 for the loss; the schedule and weights of IntraQ's second stage.
 Differences from the official code: activation ranges are calibrated on the method's own images before tuning; the rate
-is one at which the run does not diverge (the official CIFAR runs end in NaN after one to three epochs); a divergence
+is one at which the run does not diverge (the official CIFAR runs end in NaN after one to six epochs); a divergence
 guard watches, and the gradient can be clipped; the last step counts, never the best on a test set.
 """
 
