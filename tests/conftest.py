@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,13 @@ from mirageq import Journal
 
 torch.set_num_threads(1)  # small tensors: threads only fight over the cores
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
+
+
+@pytest.fixture(autouse=True)
+def repeatable(monkeypatch):
+    """The same random numbers in whatever order tests run; no time spent on the latency of files."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(import_module("mirageq.export.verify"), "LATENCY_SECONDS", 0.0)
 
 
 @pytest.fixture(scope="session")

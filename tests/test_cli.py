@@ -22,7 +22,7 @@ from mirageq import Distill, Teacher, UserError, ZeroQ, cli
 from mirageq.folders import alone
 from mirageq.models import NetworkChoice, load_teacher
 from mirageq.recipe import SECTIONS, Recipe
-from mirageq.run import Run
+from mirageq.run import Run, peak_memory
 from mirageq.testing import SHAPE, TinyResNet
 
 TINY = ["py:mirageq.testing:TinyResNet", "--image-shape", ",".join(map(str, SHAPE)), "--device", "cpu"]
@@ -219,6 +219,12 @@ class Normless(TinyResNet):
         super().__init__(norms=False)
 
 
+class TwoChannels(TinyResNet):
+    def __init__(self):
+        super().__init__()
+        self.conv1 = torch.nn.Conv2d(2, *self.conv1.weight.shape[:1], 3, padding=1, bias=False)
+
+
 HERE = f"py:{__file__}"
 SHAPED = ["--image-shape", "3,16,16"]
 
@@ -397,6 +403,11 @@ def test_a_pack_is_not_written_if_its_copies_cannot_be(finished, tmp_path, capsy
     (tmp_path / "file").write_text("")
     (tmp_path / "kept.npy").write_text("precious")
     normalised = ["--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25", "--out", str(tmp_path / "pack")]
+    other = tmp_path / "of two channels"
+    two = [f"{HERE}:TwoChannels", "--image-shape", "2,16,16"]
+    assert cli.main(["synthesize", *two, "--method", "noise", "--count", "2", "--out", str(other)]) == 0
+    assert cli.main(["pack", str(other), "--out", str(tmp_path / "pack"), "--folder", str(tmp_path / "png")]) == 2
+    assert "Images of 2 channels cannot be PNG files" in capsys.readouterr().err
     for copy, told in (
         (["--folder", tmp_path / "file"], "is a file"),
         (["--numpy", tmp_path / "no" / "x.npy"], "no folder"),
@@ -563,3 +574,52 @@ def test_a_run_that_another_process_finished_is_not_done_again(tmp_path):
     run.record["status"] = "running"  # as it was read before the other process finished it
     with pytest.raises(UserError, match="was finished by another process meanwhile"):
         run.execute(load_teacher(run.choice))
+
+
+@pytest.mark.parametrize("method", ["synq", "selectq", "union"])
+def test_a_run_refused_by_a_part_of_its_method_leaves_nothing(method, tmp_path, capsys):
+    network = [f"{HERE}:Normless", *SHAPED]
+    assert cli.main(["quantize", *network, "--method", method, "--out", str(tmp_path / "run")]) == 2
+    assert "no BatchNorm" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_is_refused_when_it_goes_on_is_kept(finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("mirageq.pipeline.calibrate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    images = tmp_path / "images.safetensors"
+    images.write_bytes((finished / "synthetic.safetensors").read_bytes())
+    out = tmp_path / "run"
+    tuned = [*QUICK[:4], *QUICK[-4:]]  # without the method's
+    assert cli.main(["quantize", *TINY, "--images", str(images), *tuned, "--out", str(out)]) == 130
+    images.unlink()
+    assert cli.main(["quantize", "--resume", str(out)]) == 2
+    assert "images.safetensors" in capsys.readouterr().err
+    assert (out / "run.json").exists()
+
+
+def test_the_working_folder_may_be_the_output(finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert quantize(".", "--set", "tuner.batch_size=32") == 2
+    assert "batch" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    normalised = ["--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25"]
+    assert cli.main(["pack", str(finished), *normalised, "--out", "."]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["labels.npy", "pack.json", "pixels.npy"]
+
+
+def test_a_file_is_proved_on_labelled_images_whose_normalisation_the_command_tells(finished, tmp_path, capsys):
+    images = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), np.uint8)
+    np.savez(tmp_path / "test.npz", images=images, labels=np.arange(5))
+    export = ["export", str(finished), "--out", str(tmp_path / "model.onnx"), "--runtimes", "onnxruntime"]
+    export += ["--threads", "1", "--data", str(tmp_path / "test.npz")]
+    assert cli.main(export) == 2
+    assert "give its mean and std" in capsys.readouterr().err
+    assert cli.main([*export, "--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25"]) == 0
+
+
+def test_memory_is_told_in_bytes_where_the_system_counts_kilobytes_and_where_it_does_not(monkeypatch):
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(resource, "getrusage", lambda _: type("usage", (), {"ru_maxrss": 5 * 2**20}))
+    for platform, told in (("linux", 5 * 2**30), ("darwin", 5 * 2**20)):
+        monkeypatch.setattr("mirageq.run.sys.platform", platform)
+        assert peak_memory() == told

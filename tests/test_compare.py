@@ -236,9 +236,9 @@ def test_settings_that_are_newer_than_a_comparison_count_as_their_defaults(place
 
 def test_settings_that_are_newer_than_the_images_count_as_their_defaults(place, capsys):
     assert run(place, "--only", "zeroq", "w4a4", "seed0") == 0
-    (path,) = (place / "out" / "work").rglob("method.json")
+    (path,) = (place / "out" / "work").rglob("made_by.json")
     noted = json.loads(path.read_text())
-    del noted["swing"]
+    del noted["method"]["swing"]
     path.write_text(json.dumps(noted))
     plan = place / "plan.toml"
     unchanged = plan.read_text()
@@ -383,3 +383,10 @@ def test_one_place_of_work_may_serve_other_recipes_but_no_other_network(place, c
     network = ["py:mirageq.testing:TinyDense", *TINY[1:], "--out", str(place / "other")]
     assert cli.main(["compare", *network, *arguments]) == 2
     assert "noise-12-seed0 was made with network = " in capsys.readouterr().err
+
+
+def test_images_of_another_normalisation_are_not_shared(place, capsys):
+    only, work = ["--methods", "noise", "--bits", "w4a4", "--seeds", "0"], ["--work", str(place / "work")]
+    assert run(place, *only, *work) == 0
+    assert run(place, *only, *work, "--mean", "0.4,0.4,0.4", out="other") == 2
+    assert "was made with mean = [0.5, 0.5, 0.5], and the plan says [0.4, 0.4, 0.4]" in capsys.readouterr().err

@@ -61,6 +61,19 @@ def test_seconds_add_up_over_interrupted_and_killed_calls(tmp_path, monkeypatch)
     assert journal.seconds == {"tune": 5.5, "calibrate": 1.0}
 
 
+def test_seconds_of_what_was_finished_are_not_counted_again(tmp_path, monkeypatch):
+    clock = iter([0.0, 2.0, 10.0, 13.0])
+    monkeypatch.setattr("mirageq.journal.time.perf_counter", lambda: next(clock))
+    with Journal(tmp_path).timed("synthesize"):  # 0 to 2
+        pass
+    journal = Journal(tmp_path)
+    with journal.timed("synthesize"):
+        pass
+    with journal.timed("tune"):  # 10 to 13
+        pass
+    assert journal.seconds == {"synthesize": 2.0, "tune": 3.0}
+
+
 def test_seconds_count_up_to_the_last_checkpoint_of_a_part(tmp_path, monkeypatch):
     clock = iter([0.0, 7.0, 9.0])
     monkeypatch.setattr("mirageq.journal.time.perf_counter", lambda: next(clock))

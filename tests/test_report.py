@@ -19,7 +19,7 @@ def test_pixels_undo_the_normalisation_and_stay_in_range():
     assert to_pixels(images, None, None).aminmax() == (0, 1)
 
 
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("channels", [1, 2, 3, 5])
 def test_a_contact_sheet_has_as_many_lines_as_it_needs(tmp_path, channels):
     heights = []
     for classes in (1, 4):

@@ -26,7 +26,12 @@ def parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
         ("synthesize", "only make images", [network, making], _synthesize),
         ("evaluate", "top-1 and top-5 on labelled images", [network, labelled, measuring], _evaluate),
         ("compare", "methods x bits x seeds on one network, cell by cell", [network, labelled, measuring], _compare),
-        ("export", "a run's student as an ONNX file of integers, proved in real runtimes", [labelled], _export),
+        (
+            "export",
+            "a run's student as an ONNX file of integers, proved in real runtimes",
+            [normalised, labelled],
+            _export,
+        ),
         ("pack", "a run's images as a calibration pack for other tools", [normalised], _pack),
         ("methods", "the synthesis methods, their cards and settings", [], _name),
         ("tuners", "the tuners, their cards and settings", [], _name),

@@ -142,7 +142,7 @@ def _export(options: argparse.Namespace) -> None:
     from mirageq.export import deliver
 
     run = Run.open(options.run)
-    teacher = load_teacher(run.choice)
+    teacher = load_teacher(_normalised(run, options))
     student = run.student(teacher)
     if options.out.exists():
         raise UserError(f"{options.out} exists already; give another name.")
@@ -182,7 +182,7 @@ def _pack(options: argparse.Namespace) -> None:
 
     run = Run.open(options.run)
     images = run.images()
-    check_copies(options.out, options.folder, options.numpy)
+    check_copies(options.out, options.folder, options.numpy, channels=images.images.shape[1])
     made_by = {
         "network": run.choice.name,
         "network_sha256": run.record["network"]["sha256"],

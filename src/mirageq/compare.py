@@ -147,8 +147,13 @@ class Comparison:
         """
         folder = self.images_folder(wanted, cell)
         folder.mkdir(parents=True, exist_ok=True)
-        made_by = {"network": self.protocol.weights_sha256, **recipes.describe_part(wanted.method)}
-        _require_same_settings(_remembered(folder / "method.json", made_by), made_by, str(folder))
+        made_by: Table = {
+            "network": self.protocol.weights_sha256,
+            "mean": teacher.mean and list(teacher.mean),  # with the deviation, the range of pixels
+            "std": teacher.std and list(teacher.std),
+            "method": recipes.describe_part(wanted.method),
+        }
+        _require_same_settings(_remembered(folder / "made_by.json", made_by), made_by, str(folder))
         painting = Journal(folder, console)
         with painting.timed("synthesize"):
             source = wanted.method.synthesize(teacher, wanted.images, seed=cell.seed, journal=painting)
@@ -233,12 +238,11 @@ def joined(comparisons: Sequence[Comparison]) -> list[Row]:
 
 
 def _remembered(path: Path, made_by: Table) -> Table:
-    """The network and method noted in `path`, with settings added since; `made_by`, if this is the first time."""
+    """What is noted in `path`, with the method's settings added since; `made_by`, if this is the first time."""
     if not path.exists():
         write_text(path, json.dumps(made_by))
     noted = json.loads(path.read_text())
-    network = noted.pop("network")
-    return {"network": network, **recipes.describe_part(recipes.build({"method": noted}).method)}
+    return noted | {"method": recipes.describe_part(recipes.build({"method": noted["method"]}).method)}
 
 
 def _require_same_settings(before: Table, now: Table, what: str) -> None:

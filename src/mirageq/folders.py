@@ -21,8 +21,11 @@ RECORD = "run.json"
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Where to write a file first, so that an interruption leaves the old one or the new one, never a part."""
-    written = path.with_name(f"{path.name}.new")
+    """Where to write a file first, so that an interruption leaves the old one or the new one, never a part.
+
+    Several processes may do so at once; the last one's file stays.
+    """
+    written = path.with_name(f"{path.name}.{os.getpid()}.new")
     yield written
     written.chmod(0o666 & ~_umask())  # as any new file; safetensors would let its owner alone read it
     os.replace(written, path)

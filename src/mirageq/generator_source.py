@@ -61,6 +61,8 @@ class GeneratorSource:
         checkpoint = journal.checkpoint("generator")
         if state := checkpoint.load():
             self.load_state_dict(state)
+        if state and self.step >= self.settings.warmup:
+            return
         with journal.stage("generator", self.settings.warmup, start=self.step) as advance:
             while self.step < self.settings.warmup:
                 _, terms = self._update(self.settings.batch_size)

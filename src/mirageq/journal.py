@@ -42,20 +42,28 @@ class Journal:
         if self._file and self._file.exists() and not self._file.read_text().endswith("\n"):
             self._rewrite()  # without the line that was cut short
         self.seconds: dict[str, float] = {}
+        self._finished: list[str] = []
         self._clock: tuple[str, float] | None = None
         self._above: Journal | None = None
         if folder and (folder / SECONDS).exists():
-            self.seconds = json.loads((folder / SECONDS).read_text())
+            noted = json.loads((folder / SECONDS).read_text())
+            self.seconds, self._finished = noted["seconds"], noted["finished"]
+        self._known = set(self._finished)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         """Add the wall-clock seconds spent inside to `seconds[name]`, with those of calls that were interrupted.
 
-        A call that is killed counts up to its last checkpoint.
+        A call that is killed counts up to its last checkpoint; one after the first that ended, in a later journal of
+        this folder, not at all: it only reads what was made.
         """
+        if name in self._known:
+            yield
+            return
         self._clock = name, time.perf_counter()
         try:
             yield
+            self._finished.append(name)
         finally:
             self._note_time()
             self._clock = None
@@ -112,7 +120,8 @@ class Journal:
             self.seconds[name] = self.seconds.get(name, 0.0) + now - since
             self._clock = name, now
             if self.folder:
-                write_text(self.folder / SECONDS, json.dumps(self.seconds) + "\n")
+                noted = {"seconds": self.seconds, "finished": self._finished}
+                write_text(self.folder / SECONDS, json.dumps(noted) + "\n")
 
     def _append(self, row: dict[str, Any]) -> None:
         self.history.append(row)

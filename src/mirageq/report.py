@@ -50,6 +50,8 @@ def contact_sheet(
         chosen += (batch.labels == label).nonzero().flatten()[:per_class].tolist()
     chosen = chosen[: rows * per_class]
     pixels = to_pixels(batch.images[chosen], mean, std)
+    if pixels.shape[1] not in (1, 3):
+        pixels = pixels.mean(1, keepdim=True)
     lines, size = -(-len(chosen) // per_class), 1.1 if pixels.shape[-1] < 100 else 1.6
     figure, axes = plt.subplots(lines, per_class, figsize=(per_class * size, lines * (size + 0.2)), squeeze=False)
     for axis in axes.flat:

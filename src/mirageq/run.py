@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,7 +20,7 @@ import mirageq
 from mirageq.errors import UserError
 from mirageq.folders import RECORD, alone, check_folder, write_text
 from mirageq.images import ImageSource, SyntheticSet, hash_tensors
-from mirageq.journal import SECONDS, Journal
+from mirageq.journal import HISTORY, SECONDS, Journal, read_history
 from mirageq.models import NetworkChoice, load_teacher
 from mirageq.pipeline import Result, check_pixel_range, quantize
 from mirageq.precision import has_bfloat16
@@ -36,6 +38,7 @@ class Run:
 
     def __init__(self, folder: Path, record: Table) -> None:
         self.folder, self.record = folder, record
+        self._new = False
 
     @staticmethod
     def create(
@@ -61,6 +64,7 @@ class Run:
             "recipe": describe(recipe),
         }
         run = Run(folder, record)
+        run._new = True
         run._write()
         return run
 
@@ -134,7 +138,8 @@ class Run:
             try:
                 return self._carry_out(teacher, Journal(self.folder, console, checkpoint_seconds=checkpoint_seconds))
             except UserError:
-                self._discard_unless_begun()
+                if self._new:
+                    self._discard_unless_begun()
                 raise
 
     def images(self) -> SyntheticSet:
@@ -181,10 +186,12 @@ class Run:
 
     def _discard_unless_begun(self) -> None:
         """A run that is refused before its first step leaves nothing behind."""
-        if {path.name for path in self.folder.iterdir()} <= {RECORD, SECONDS}:
-            for path in self.folder.iterdir():
-                path.unlink()
-            self.folder.rmdir()
+        there = sorted(self.folder.rglob("*"), reverse=True)  # what lies in a folder before the folder
+        if all(path.is_dir() or path.name in (RECORD, SECONDS) or _only_notes(path) for path in there):
+            for path in there:
+                path.rmdir() if path.is_dir() else path.unlink()
+            with suppress(OSError):  # the working folder, or a link
+                self.folder.rmdir()
 
     def _finish(self, source: ImageSource, seconds: dict[str, float], result: Result | None) -> None:
         if not (self.folder / IMAGES).exists():
@@ -240,6 +247,10 @@ def load(
     return run.student(load_teacher(run.choice, device))
 
 
+def _only_notes(path: Path) -> bool:
+    return path.name == HISTORY and all(row["stage"] == "note" for row in read_history(path))
+
+
 def machine(device: torch.device) -> Table:
     """What was computed on: the processor and its threads, "cpu" or the GPU's name, and whether it has bfloat16."""
     return {
@@ -273,4 +284,5 @@ def peak_memory() -> int:
         import resource
     except ImportError:
         return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

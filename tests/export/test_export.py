@@ -298,3 +298,37 @@ def test_openvino_runs_the_file_of_its_profile(bits, residual, images, tmp_path)
     (proof,) = delivery.verifications
     assert proof.agreement == 100
     assert proof.exact >= 95 or (bits == 8 and not torch.cpu._is_vnni_supported())  # which OpenVINO needs to be exact
+
+
+class Computed(nn.Module):
+    """A clamp whose ends are tensors, or a bias that depends on the image."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.what, generator = what, torch.Generator().manual_seed(0)
+        self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+        self.zero, self.alpha = nn.Parameter(torch.tensor(0.0)), nn.Parameter(torch.tensor(0.3))
+        with torch.no_grad():
+            for weight in (self.conv.weight, self.fc.weight):
+                weight.copy_(torch.randn(weight.shape, generator=generator) / 5)
+        self.eval()
+
+    def forward(self, x):
+        if self.what == "clamp":
+            x = torch.clamp(self.conv(x), self.zero, self.alpha)
+        else:
+            x = F.conv2d(x, self.conv.weight, self.conv.bias * x.mean()).relu()
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("what", ["clamp", "bias"])
+def test_what_the_network_computes_stays_in_the_file(what, symmetric, images, tmp_path):
+    teacher, student = student_of(Computed(what), images, placement="deploy", activation_symmetric=symmetric)
+    delivery = deliver(student, teacher, images, tmp_path / "model.onnx", runtimes=["onnxruntime"], threads=1)
+    assert delivery.verifications[0].agreement == 100
+    assert delivery.verifications[0].float_agreement >= 95
+    if what == "clamp":
+        run = open_file(tmp_path / "model.onnx", "onnxruntime", 1)
+        with torch.no_grad():
+            assert np.abs(run(images.numpy()) - student(images).numpy()).max() < 0.1 * float(student(images).std())

@@ -138,6 +138,7 @@ def test_a_clipped_gradient_moves_less(teacher, source):
         ({"steps": -1}, "steps must not be negative; got -1"),
         ({"lr": 0.0}, "lr must be positive; got 0.0"),
         ({"kd_weight": -1.0}, "kd_weight must not be negative"),
+        ({"clip_norm": -1.0}, "clip_norm must not be negative; got -1.0"),
         ({"warmup": 2.0}, r"warmup lies in \[0, 1\]; got 2.0"),
         ({"optimizer": "lamb"}, "Unknown optimizer 'lamb'; Known: adam, sgd"),
         ({"schedule": "linear"}, "Unknown schedule 'linear'"),

@@ -101,9 +101,11 @@ def write_folder(pack: Pack, folder: Path) -> None:
         raise UserError(f"{folder} cannot be written: {error.strerror}.") from error
 
 
-def check_copies(pack: Path, folder: Path | None, numpy: Path | None) -> None:
-    """Raise a `UserError` unless these copies can be written beside a new pack."""
+def check_copies(pack: Path, folder: Path | None, numpy: Path | None, *, channels: int) -> None:
+    """Raise a `UserError` unless these copies of images of so many channels can be written beside a new pack."""
     if folder:
+        if channels not in (1, 3):
+            raise UserError(f"Images of {channels} channels cannot be PNG files; use --numpy in the place of --folder.")
         check_folder(folder)
         if pack.absolute() in (folder.absolute(), *folder.absolute().parents):
             raise UserError(f"--folder {folder} lies in the pack {pack}; give a folder beside it.")

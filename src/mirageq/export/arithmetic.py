@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 
 from mirageq.export.emit import feeds_sum, rounded_by
 from mirageq.export.kernels import KERNELS, Kernels, Requantization, Rounding
-from mirageq.graph import LINEAR, WEIGHTED, stored
+from mirageq.graph import LINEAR, WEIGHTED, is_stored, stored
 from mirageq.quant import Student
 from mirageq.quant.operations import keeps_grid, kind, main_input
 from mirageq.quant.quantizers import ActivationQuantizer, BiasQuantizer, WeightQuantizer
@@ -74,11 +74,10 @@ def _rounding(
 ) -> Rounding | None:
     """What replaces a quantizer after `source`; None where no integer kernel computes it."""
     if source.target in WEIGHTED and (weight := _weight_scale(network, source)) is not None:
-        x = _grid(network, source.args[0])
-        if x is None:
+        x, bias = _grid(network, source.args[0]), _bias(network, source, len(weight))
+        if x is None or bias is None:
             return None
         product = kernels.product_before_sum if feeds_sum(source, node) else kernels.product
-        bias = _bias(network, source, len(weight))
         return product(quantizer, x.scale.detach().float(), weight, bias, source.target is LINEAR)
     if kind(source) == "add" and all(isinstance(argument, Node) for argument in source.args) and not source.kwargs:
         terms = [_grid(network, argument) for argument in source.args]
@@ -103,13 +102,15 @@ def _weight_scale(network: GraphModule, layer: Node) -> Tensor | None:
     return part.affine(stored(network, both.args[0]))[0].detach().flatten().float()
 
 
-def _bias(network: GraphModule, layer: Node, channels: int) -> Tensor:
-    """(O,) float64, as it was settled; zeros for a layer without."""
+def _bias(network: GraphModule, layer: Node, channels: int) -> Tensor | None:
+    """(O,) float64, as it was settled; zeros for a layer without, None for one that is computed from the image."""
     node = layer.args[2] if len(layer.args) > 2 else None
     if node is None:
         return torch.zeros(channels, dtype=torch.float64, device=next(network.parameters()).device)
     part = network.get_submodule(node.target) if node.op == "call_module" else None
-    return part.value if isinstance(part, _Constant) else stored(network, node).double()
+    if isinstance(part, _Constant):
+        return part.value  # type: ignore[return-value]
+    return stored(network, node).double() if is_stored(node) else None
 
 
 class _Constant(nn.Module):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -100,15 +101,14 @@ def write_pack(batch: Batch, teacher: Teacher, folder: Path, made_by: dict[str, 
         made_by=made_by,
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as workplace:
-        unfinished = Path(workplace) / "pack"
-        unfinished.mkdir()
+    with tempfile.TemporaryDirectory(dir=folder.resolve().parent) as workplace:
+        unfinished = Path(workplace)
         np.save(unfinished / PIXELS, pixels)
         np.save(unfinished / LABELS, batch.labels.cpu().numpy())
         (unfinished / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n")
-        if folder.is_dir():
-            folder.rmdir()
-        unfinished.rename(folder)
+        folder.mkdir(exist_ok=True)
+        for name in (PIXELS, LABELS, MANIFEST):  # last what makes it a pack
+            os.replace(unfinished / name, folder / name)
     return manifest
 
 

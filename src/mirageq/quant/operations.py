@@ -68,7 +68,7 @@ def keeps_grid(node: Node) -> bool:
 
 
 def limits(node: Node) -> tuple[float, float]:
-    """Of a clamp; a limit that is a tensor counts as unknown, so infinite."""
+    """Of a clamp; infinite where it has none, not a number where a tensor tells it."""
     name = kind(node)
     if name in ("relu", "relu6"):
         return 0.0, math.inf if name == "relu" else 6.0
@@ -76,7 +76,8 @@ def limits(node: Node) -> tuple[float, float]:
         return argument(node, 1, "min_val", -1.0), argument(node, 2, "max_val", 1.0)
     low = None if name == "clamp_max" else argument(node, 1, "min", None)
     high = None if name == "clamp_min" else argument(node, 1 if name == "clamp_max" else 2, "max", None)
-    return low if isinstance(low, (int, float)) else -math.inf, high if isinstance(high, (int, float)) else math.inf
+    low, high = -math.inf if low is None else low, math.inf if high is None else high
+    return math.nan if isinstance(low, Node) else low, math.nan if isinstance(high, Node) else high
 
 
 def main_input(node: Node) -> Node | None:

@@ -142,6 +142,10 @@ def _is_activation_function(node: Node) -> bool:
     if name not in CLAMPS or _cut_by_next(node):
         return name in CURVES
     low, high = limits(node)
+    before = main_input(node)
+    while before is not None and kind(before) in CLAMPS and _cut_by_next(before):
+        low, high = max(low, limits(before)[0]), min(high, limits(before)[1])
+        before = main_input(before)
     return low == 0 or (math.isfinite(low) and math.isfinite(high))  # and not a guard such as clamp(min=1e-6)
 
 

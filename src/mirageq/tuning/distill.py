@@ -87,7 +87,8 @@ class Distill:
     def __post_init__(self) -> None:
         check_choices(self)
         check_positive(self, "batch_size", "lr", "temperature", "lr_factor")
-        check_not_negative(self, "steps", "momentum", "weight_decay", "kd_weight", "ce_weight", "feature_weight")
+        check_not_negative(self, "steps", "momentum", "weight_decay", "clip_norm")
+        check_not_negative(self, "kd_weight", "ce_weight", "feature_weight")
         check_crop_scale(self.crop_scale)
         check_fraction(self, "warmup", "ce_confidence")
         if self.mix and self.ce_weight:
