@@ -237,11 +237,11 @@ SHAPED = ["--image-shape", "3,16,16"]
         ([f"{HERE}:Nan", *SHAPED], "NaN or infinite"),
         ([f"{HERE}:Normless", *SHAPED], "no BatchNorm layer"),
         (["py:mirageq.testing:TinyResNet", "--image-shape", "1,16,16"], "does not accept images of shape"),
-        (["py:mirageq.testing:TinyResNet"], "image"),
+        (["py:mirageq.testing:TinyResNet"], "image shape"),
         ([*TINY, "--method", "itnraq"], "did you mean 'intraq'"),
         ([*TINY, "--set", "method.iteratoins=3"], "did you mean 'iterations'"),
         ([*TINY, "--set", "tuner.lr=fast"], "'lr' expects float; got 'fast'"),
-        ([*TINY, "--bits", "w9a4"], "9"),
+        ([*TINY, "--bits", "w9a4"], "weight bits must be a whole number from 2 to 8; got 9"),
         ([*TINY, "--bits", ""], "w4a4"),
         ([*TINY, "--mean", "0.5,0.5,nan", "--std", "1,1,1"], "mean must be finite"),
         ([*TINY, "--recipe", "best-cifar10"], "give its mean and std"),
@@ -388,6 +388,7 @@ def test_options_that_cannot_count_are_refused(finished, tmp_path, capsys):
         (["export", "RUN", "--out", "OUT", "--images", "0"], "--images"),
         (["export", "RUN", "--out", "OUT", "--threads", "-3"], "0 at least, got '-3'"),
         (["evaluate", "RUN", "--data", "x", "--limit", "0"], "--limit"),
+        (["pack", "RUN", "--out", "OUT", "--mean", "a"], "expected numbers separated by commas, got 'a'"),
     ],
 )
 def test_numbers_that_cannot_be_are_refused(finished, arguments, told, tmp_path, capsys):
@@ -518,6 +519,8 @@ def test_an_unfinished_run_says_so_and_shows_its_curves(tmp_path, capsys, monkey
     assert (out / "curves.png").exists()
     assert cli.main(["quantize", *TINY, "--images", str(out), "--out", str(tmp_path / "other")]) == 2
     assert "whose images are not all made" in capsys.readouterr().err
+    assert cli.main(["export", str(out), "--out", str(tmp_path / "model.onnx")]) == 2
+    assert f"{out} holds an unfinished run; finish it with: mirageq quantize --resume" in capsys.readouterr().err
 
 
 def test_two_processes_never_work_on_one_run(tmp_path, capsys):
@@ -543,6 +546,8 @@ def test_a_disk_that_is_full_is_told(tmp_path, capsys, monkeypatch):
 
 
 def test_what_cannot_be_shown_or_measured_is_told(finished, tmp_path, capsys):
+    assert cli.main(["evaluate", str(finished)]) == 2
+    assert "Measuring needs labelled images: --data" in capsys.readouterr().err
     assert cli.main(["show", str(finished), str(tmp_path)]) == 2
     assert "Runs are shown one at a time" in capsys.readouterr().err
     assert cli.main(["evaluate", str(tmp_path / "mistyped"), "--data", str(tmp_path)]) == 2

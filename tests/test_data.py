@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import sys
 
 import numpy as np
 import pytest
@@ -169,3 +170,15 @@ def test_a_calibration_pack_is_data_to_choose_settings_on(tmp_path):
     (tmp_path / "labels.npy").unlink()
     with pytest.raises(UserError, match="cannot be read as labelled images"):
         open_images(tmp_path, (3, 4, 4))
+
+
+def test_a_missing_library_names_its_extra(tmp_path, monkeypatch):
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "one.png").write_bytes(png(pixels(1)[0]))
+    (tmp_path / "images.parquet").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(UserError, match=r"Reading images needs Pillow: pip install 'mirageq\[data\]'"):
+        everything(open_images(tmp_path, SHAPE))
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(UserError, match=r"Reading parquet needs pyarrow: pip install 'mirageq\[data\]'"):
+        open_images(tmp_path / "images.parquet", SHAPE)

@@ -99,6 +99,11 @@ def test_an_interruption_leaves_the_file_of_before(tmp_path, monkeypatch, half_w
     assert path.read_bytes() == before
 
 
+def test_as_many_labels_as_images_are_needed():
+    with pytest.raises(UserError, match="as many labels as images, and at least one; got 7 and 8"):
+        SyntheticSet(images(8), torch.arange(7))
+
+
 def test_a_batch_larger_than_the_set_is_refused():
     with pytest.raises(UserError, match="batch size 16 is larger than the set of 8"):
         next(SyntheticSet(images(8), torch.arange(8)).batches(16))

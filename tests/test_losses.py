@@ -13,7 +13,12 @@ from mirageq.moments import channel_statistics
 from mirageq.observe import Observation
 from mirageq.teacher import BatchNormStatistics
 
-rng = torch.Generator().manual_seed(0)
+rng = torch.Generator()
+
+
+@pytest.fixture(autouse=True)
+def from_the_start():
+    rng.manual_seed(0)
 
 
 @pytest.mark.parametrize(

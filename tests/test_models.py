@@ -52,6 +52,8 @@ def test_an_exported_file(tmp_path):
     torch.export.save(export(TinyResNet(), (torch.zeros(2, *SHAPE),), dynamic_shapes=({0: Dim("n")},)), path)
     network = models.load(str(path))
     assert network.image_shape == SHAPE
+    with pytest.raises(UserError, match=r"does not accept images of shape \(1, 9, 9\).*Give the shape it was exported"):
+        models.load_teacher(models.NetworkChoice(name=str(path), image_shape=(1, 9, 9)))
     with pytest.raises(UserError, match="carries its weights"):
         models.load(str(path), checkpoint=path)
 

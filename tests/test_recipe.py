@@ -65,7 +65,7 @@ def test_a_method_from_outside_is_found_by_its_path():
         ({"tuner": {"name": "distil"}}, "no tuner 'distil'; did you mean 'distill'"),
         ({"tuner": {"schedule": "linear"}}, "'schedule' expects"),
         ({"tuner": {"lr": -1.0}}, "lr must be positive"),
-        ({"scheme": {"weight_bits": 9}}, "9"),
+        ({"scheme": {"weight_bits": 9}}, "weight_bits must be a whole number from 2 to 8; got 9"),
         ({"image": 3}, "the recipe has no setting 'image'; did you mean 'images'"),
         ({"images": 0}, "images must be positive; got 0"),
         ({"tuner": 3}, "'tuner' is a section"),

@@ -147,12 +147,15 @@ def test_without_normalisation_there_are_no_pixels(batch, tmp_path):
     assert not (tmp_path / "pack").exists()
 
 
-def test_a_missing_tool_or_too_large_a_batch_is_said(pack, monkeypatch):
+def test_a_missing_tool_or_too_large_a_batch_is_said(pack, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="holds 24 images, fewer than the batch size 25"):
         nncf_dataset(pack, batch_size=25)
     monkeypatch.setitem(sys.modules, "nncf", None)
     with pytest.raises(UserError, match="pip install nncf"):
         nncf_dataset(pack)
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(UserError, match="Writing images needs pillow"):
+        write_folder(pack, tmp_path / "folder")
     monkeypatch.setitem(sys.modules, "onnxruntime.quantization", None)
     with pytest.raises(UserError, match=r"mirageq\[onnx\]"):
         onnxruntime_reader(pack)

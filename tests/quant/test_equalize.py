@@ -62,8 +62,7 @@ def test_neighbours_get_the_same_ranges_and_the_function_stays(build, names):
 def test_a_layer_that_others_read_too_is_left_alone():
     torch.manual_seed(0)
     module = fold_batch_norms(capture(TinyResNet(), SHAPE))
-    for pair in find_pairs(module):
-        assert len(pair.first.users) == 1
+    assert find_pairs(module) == []  # conv1 is read by conv2 and a sum, conv2 by the sum, conv3 by the pooling
 
 
 def test_an_equalized_student_computes_what_the_teacher_does_and_remembers_its_moments():

@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 
-from mirageq.tuning.cache import Cache
+from mirageq.tuning.cache import Cache, Spilled
 
 
 @pytest.mark.parametrize("limit", [0, 2**20])
@@ -13,6 +13,7 @@ def test_rows_come_back_from_memory_and_from_a_file_that_vanishes(limit, tmp_pat
     torch.manual_seed(0)
     images = torch.randn(70, 3, 4, 4)  # more than two chunks
     cache = Cache(images, tmp_path, limit).through(torch.nn.Conv2d(3, 5, 3), torch.device("cpu"))
+    assert isinstance(cache._values, Spilled) == (limit == 0)
     chosen = torch.tensor([69, 0, 33, 0])
     first = cache.take(chosen)
     assert cache.shape == (70, 5, 2, 2)

@@ -38,15 +38,14 @@ def test_the_mean_of_every_logit_comes_back(teacher, placement):
 
 
 def test_each_part_does_its_own_share(teacher):
-    _, _, biases = tuned(teacher, Correct(images=128, batch_norms=False), placement="paper")
+    shifted, _, biases = tuned(teacher, Correct(images=128, batch_norms=False), placement="paper")
     student, _, both = tuned(teacher, Correct(images=128), placement="paper")
     moved, _, norms = tuned(teacher, Correct(images=128, biases=False), placement="paper")
-    plain = convert(teacher.network, Scheme(weight_bits=2, activation_bits=8))
-    names = [name for name, _ in plain.named_buffers() if "running_" in name]
-    assert names
-    for one in (student, moved):
+    plain = convert(teacher.network, Scheme(weight_bits=2, activation_bits=8)).state_dict()
+    for one, parts in ((shifted, {"bias"}), (student, {"bias", "running"}), (moved, {"running"})):
         state = one.state_dict()
-        assert any(not torch.equal(state[name], plain.state_dict()[name]) for name in names)
+        changed = {name for name in plain if plain[name].dim() and not torch.equal(state[name], plain[name])}
+        assert {"running" if "running_" in name else name.rpartition(".")[2] for name in changed} == parts
     assert both <= max(biases, norms)
 
 

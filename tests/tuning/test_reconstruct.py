@@ -10,6 +10,7 @@ from mirageq.quant.fake_quant import grid, learned_fake_quantize
 from mirageq.quant.quantizers import ActivationQuantizer, WeightQuantizer
 from mirageq.testing import SHAPE, TinyDense, TinyResNet
 from mirageq.tuning import soft
+from mirageq.tuning.cache import Cache, Spilled
 from mirageq.tuning.reconstruct import Reconstruct
 from mirageq.tuning.soft import Dropping, DroppingActivation, SoftWeight
 
@@ -94,14 +95,30 @@ def test_running_it_twice_gives_the_same_bits(teacher, source):
 
 
 @pytest.mark.parametrize("more", [{"mixes": 1}, {"mirrored": True}, {"softened": True}])
-def test_blends_mirror_images_and_low_passed_copies_are_images_too(more, teacher, source):
-    plain, varied = student_of(teacher, source), student_of(teacher, source)
+def test_blends_mirror_images_and_low_passed_copies_are_images_too(more, teacher, source, monkeypatch):
+    cached = []
+
+    class Watched(Cache):
+        def __init__(self, values, *more):
+            super().__init__(values, *more)
+            cached.append(values)
+
+    monkeypatch.setattr("mirageq.tuning.reconstruct.Cache", Watched)
     settings = {"steps": 2, "batch_size": 32}
     with pytest.raises(UserError, match="larger than the 16 images"):
-        Reconstruct(**settings, images=16).tune(teacher, plain, source)
-    Reconstruct(**settings, images=16, **more).tune(teacher, varied, source)
-    with torch.no_grad():
-        assert not torch.equal(plain(source.sample(8).images), varied(source.sample(8).images))
+        Reconstruct(**settings, images=16).tune(teacher, student_of(teacher, source), source)
+    assert cached == []
+    Reconstruct(**settings, images=16, **more).tune(teacher, student_of(teacher, source), source)
+    originals, copies = cached[0].split(16)
+    assert torch.equal(originals, source.sample(16).images)
+    if "mirrored" in more:
+        assert torch.equal(copies, originals.flip(-1))
+    elif "softened" in more:
+        rough, smooth = (part.diff(dim=3).square().mean((1, 2, 3)) for part in (originals, copies))
+        assert (smooth < 0.9 * rough).all()
+    else:
+        shares = torch.linalg.lstsq(originals.flatten(1).T, copies.flatten(1).T).solution
+        assert (shares.abs() > 1e-4).sum(0).max() == 2
 
 
 @pytest.mark.parametrize("placement", ["paper", "deploy"])
@@ -133,12 +150,20 @@ def test_a_network_without_blocks_is_taken_layer_by_layer_and_it_is_said(source)
         assert quantizer(weight)[0] == pytest.approx(weight, abs=1e-6)
 
 
-def test_activations_beyond_the_limit_lie_in_a_file_and_change_nothing(teacher, source):
+def test_activations_beyond_the_limit_lie_in_a_file_and_change_nothing(teacher, source, monkeypatch):
     images = source.sample(8).images
-    results = []
+    results, files = [], []
+
+    class Watched(Spilled):
+        def __init__(self, shape, folder):
+            super().__init__(shape, folder)
+            files.append(folder)
+
+    monkeypatch.setattr("mirageq.tuning.cache.Spilled", Watched)
     for limit in (2**30, 1000):
         student = student_of(teacher, source)
         Reconstruct(**QUICK, cache_bytes=limit).tune(teacher, student, source)
+        assert bool(files) == (limit == 1000)
         with torch.no_grad():
             results.append(student(images))
     assert torch.equal(*results)
