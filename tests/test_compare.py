@@ -87,9 +87,8 @@ def test_images_serve_every_bit_width_and_cells_repeat_to_the_same_figures(place
     assert run(place, "--seeds", "0") == 0
     assert run(place, "--seeds", "0", out="again") == 0
     first, again = rows(place), rows(place, "again")
-    assert [(row["divergence"], row["images"]) for row in first] == [
-        (row["divergence"], row["images"]) for row in again
-    ]
+    for name in ("divergence", "images"):
+        assert [row[name] for row in first] == [row[name] for row in again]
     painted = {row["images"]["sha256"] for row in first if row["method"] == "zeroq, short" and row["seed"] == 0}
     assert len(painted) == 1
 
