@@ -29,6 +29,28 @@ def shared_data() -> Path:
     return folder
 
 
+class Tokens(torch.nn.Module):
+    """Norms of one dimension: of all tokens of all images together, and of one vector an image."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = torch.nn.Conv2d(3, 8, 3, stride=2), torch.nn.BatchNorm2d(8)
+        self.mix, self.bn_tokens = torch.nn.Linear(8, 8), torch.nn.BatchNorm1d(8)
+        self.bn_last, self.fc = torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 5)
+        self.eval()
+
+    def forward(self, x):
+        x = torch.relu(self.bn(self.conv(x))).flatten(2).transpose(1, 2)
+        tokens = torch.relu(self.bn_tokens(self.mix(x).flatten(0, 1)).reshape(x.shape))
+        return self.fc(self.bn_last(tokens.mean(1)))
+
+
+@pytest.fixture
+def tokens():
+    """A network whose norms see tokens and vectors besides maps."""
+    return Tokens()
+
+
 class Stumbling(Journal):
     """Interrupts the computation at so many rows; a checkpoint is saved whenever one is offered."""
 

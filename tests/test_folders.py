@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import os
 
+import pytest
+
 from mirageq.folders import replacing
 
 
@@ -14,4 +16,13 @@ def test_two_processes_may_replace_a_file_at_once(tmp_path, monkeypatch):
             second.write_text("theirs")
         assert path.read_text() == "theirs"
     assert path.read_text() == "ours"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_interrupted_leaves_the_old_file_alone(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(TypeError), replacing(path) as written:
+        (written.write_text("half"), written.write_text(3))
+    assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]

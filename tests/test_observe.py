@@ -9,6 +9,7 @@ from torch import nn
 from mirageq import UserError
 from mirageq.capture import capture
 from mirageq.observe import Observer, compiled
+from mirageq.teacher import Teacher
 
 SHAPE = (3, 9, 9)
 
@@ -46,6 +47,44 @@ def test_only_what_follows_a_stride_swings_and_the_network_stays(network):
     assert torch.equal(Observer(network)(images).logits, plain.logits)
     observe.swing_by(torch.Generator().manual_seed(0))
     assert torch.equal(observe(images).logits, seen[0].logits)
+
+
+class Twice(nn.Module):
+    """One norm read twice, and two more whose statistics lie in the network itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 3, stride=2, padding="valid"), nn.BatchNorm2d(3)
+        for name in ("a", "b"):
+            self.register_buffer(f"mean_{name}", torch.zeros(3))
+            self.register_buffer(f"var_{name}", torch.ones(3))
+        self.last = nn.Linear(3, 4)
+        self.eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(2 * self.norm(self.conv(x)))
+        x = nn.functional.batch_norm(2 * x, self.mean_a, self.var_a)
+        return self.last(nn.functional.batch_norm(2 * x, self.mean_b, self.var_b).mean((2, 3)))
+
+
+def test_norms_of_one_module_have_names_of_their_own():
+    teacher = Teacher.wrap(Twice(), SHAPE)
+    names = [norm.name for norm in teacher.batch_norms]
+    assert len(set(names)) == 4
+    assert names[:2] == ["norm", "norm_2"]
+    assert all(names)
+    seen = teacher.observe(torch.randn(4, *SHAPE))
+    assert list(seen.bn_inputs) == names
+    spread = [float(x.std()) for x in seen.bn_inputs.values()]
+    assert spread[1] == pytest.approx(2 * spread[0], rel=1e-3)
+
+
+def test_convolutions_told_to_pad_in_words_swing_too():
+    network = capture(Twice(), SHAPE)
+    images, observe = torch.randn(4, *SHAPE), Observer(network, swing=True)
+    observe.swing_by(torch.Generator().manual_seed(0))
+    plain = Observer(network)(images).logits
+    assert any(not torch.equal(observe(images).logits, plain) for _ in range(8))
 
 
 @pytest.mark.slow

@@ -73,7 +73,9 @@ def test_a_generators_images_are_stretched_to_the_pixels_there_are():
     shown = {}
     for mean, std in ((0.5, 0.5), (0.5, 0.25)):
         teacher = Teacher.wrap(TinyResNet(), SHAPE, mean=(mean,) * 3, std=(std,) * 3)
-        images = Genie(iterations=1, batch_size=16, clamp=True, lr=1e-6).synthesize(teacher, 16).sample(16).images
+        images = (
+            Genie(iterations=1, batch_size=16, clamp=True, lr=1e-6, min_lr=0).synthesize(teacher, 16).sample(16).images
+        )
         shown[std] = images * std + mean
         assert shown[std].min() >= -1e-3
         assert shown[std].max() <= 1 + 1e-3
@@ -105,6 +107,7 @@ def test_a_loss_that_is_not_finite_is_told():
         ({"batch_size": -1}, "batch_size must be positive"),
         ({"precision": "float16"}, "Unknown precision 'float16'; did you mean 'bfloat16'"),
         ({"min_lr": -1.0}, "min_lr must not be negative"),
+        ({"lr": 1e-5}, "falls to min_lr, which is at most lr; got 0.0001 and 1e-05"),
         ({"lr_factor": 1.0}, r"lr_factor is what the rate is multiplied by to fall, in \(0, 1\); got 1.0"),
         ({"schedule": "cosin"}, "Unknown schedule 'cosin'; did you mean 'cosine'"),
     ],

@@ -44,6 +44,19 @@ class LabelledImages:
         self.count = min(len(files), limit or len(files))
         self.classes: int | None = getattr(files, "classes", None)
 
+    def check_labels(self, labels: Tensor, classes: int) -> None:
+        """Raise a `UserError` unless these labels can be those of a network of so many classes."""
+        if self.classes not in (None, classes):
+            raise UserError(
+                f"{self.name} has {self.classes} sub-folders, and the network knows {classes} classes: a label is a "
+                "sub-folder's place, so there must be one for each class, if need be an empty one."
+            )
+        if int(labels.max()) >= classes:
+            raise UserError(
+                f"The images have the label {int(labels.max())}, and the network knows {classes} classes. "
+                "Give images of the data set it was trained for."
+            )
+
     def fitting(self, pixels: int, most: int) -> int:
         """How many images, at least one and `most` at most, have so many pixels together."""
         return max(1, min(most, pixels // (self._shape[1] * self._shape[2])))

@@ -72,16 +72,7 @@ def accuracy(
             expected, given = teacher(images).float().log_softmax(1), logits.float().log_softmax(1)
             divergence += F.kl_div(given, expected, log_target=True, reduction="sum").item()
         labels, classes = labels.to(device), logits.shape[1]
-        if data.classes not in (None, classes):
-            raise UserError(
-                f"{data.name} has {data.classes} sub-folders, and the network knows {classes} classes: a label is a "
-                "sub-folder's place, so there must be one for each class, if need be an empty one."
-            )
-        if int(labels.max()) >= classes:
-            raise UserError(
-                f"The images have the label {int(labels.max())}, and the network knows {classes} classes. "
-                "Give images of the data set it was trained for."
-            )
+        data.check_labels(labels, classes)
         best = logits.topk(min(5, classes), dim=1).indices
         hits = best == labels[:, None]
         first, fifth, count = first + int(hits[:, 0].sum()), fifth + int(hits.sum()), count + len(labels)

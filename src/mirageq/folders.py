@@ -26,9 +26,12 @@ def replacing(path: Path) -> Iterator[Path]:
     Several processes may do so at once; the last one's file stays.
     """
     written = path.with_name(f"{path.name}.{os.getpid()}.new")
-    yield written
-    written.chmod(0o666 & ~_umask())  # as any new file; safetensors would let its owner alone read it
-    os.replace(written, path)
+    try:
+        yield written
+        written.chmod(0o666 & ~_umask())  # as any new file; safetensors would let its owner alone read it
+        os.replace(written, path)
+    finally:
+        written.unlink(missing_ok=True)
 
 
 def _umask() -> int:

@@ -61,6 +61,14 @@ def layer_name(node: Node) -> str:
     return stored.target.rpartition(".")[0]
 
 
+def norm_names(graph: torch.fx.Graph) -> tuple[str, ...]:
+    """A name for each batch normalisation, after its module; another one where a module is read again."""
+    names: list[str] = []
+    for node in batch_norms(graph):
+        names.append(free_name(layer_name(node) or node.name, names))
+    return tuple(names)
+
+
 def running_statistics(norm: Node) -> tuple[Node, Node]:
     """The nodes of a batch normalisation's running mean and variance."""
     return norm.args[3], norm.args[4]

@@ -213,6 +213,8 @@ def _create(path: Path, layout: bytes) -> None:
         file.write(layout)
         file.write(np.full(count, -1, "<i8").tobytes())
         file.truncate(len(layout) + end)
+        if hasattr(os, "posix_fallocate"):  # a full disk is told here, and not by a signal once it is written to
+            os.posix_fallocate(file.fileno(), 0, len(layout) + end)
 
 
 def _map(path: Path, layout: bytes, mode: Literal["r", "r+"]) -> tuple[np.ndarray, np.ndarray]:

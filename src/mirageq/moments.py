@@ -36,5 +36,7 @@ class _ChannelStatistics(torch.autograd.Function):
 
 def sample_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each image's channels over space: (N, C, ...) -> two of (N, C), float32."""
+    if x.dim() == 2:
+        return x.float(), torch.zeros_like(x, dtype=torch.float32)
     var, mean = torch.var_mean(x.float().flatten(2), dim=2, correction=0)
     return mean, var

@@ -13,7 +13,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from mirageq.augment import shifted
 from mirageq.errors import UserError, first_line
-from mirageq.graph import LINEAR, batch_norms, last_layer, layer_name, share
+from mirageq.graph import CONVOLUTIONS, LINEAR, argument, batch_norms, last_layer, norm_names, share
 from mirageq.moments import channel_statistics
 
 
@@ -56,7 +56,7 @@ class Observer:
     def __init__(self, network: GraphModule, *, swing: bool = False) -> None:
         graph = copy.deepcopy(network.graph)
         norms = batch_norms(graph)
-        self.names = tuple(layer_name(node) for node in norms)
+        self.names = norm_names(graph)
         (output,) = graph.find_nodes(op="output")
         features = pooled_features(graph, last_layer(graph))
         output.args = ((output.args[0], features, *(node.args[0] for node in norms)),)
@@ -118,8 +118,9 @@ def _let_swing(network: GraphModule) -> _Swing:
     """Put a swing before every strided two-dimensional convolution of `network`, in place."""
     swing = _Swing()
     network.add_submodule("swing", swing)
-    for node in network.graph.find_nodes(op="call_function", target=torch.ops.aten.conv2d.default):
-        stride = max(node.args[3]) if len(node.args) > 3 else 1
+    for node in network.graph.nodes:
+        flat = node.target in CONVOLUTIONS and node.meta["val"].dim() == 4
+        stride = max(argument(node, 3, "stride", [1])) if flat else 1
         if stride > 1:
             with network.graph.inserting_before(node):
                 node.update_arg(0, network.graph.call_module("swing", (node.args[0], stride - 1)))

@@ -69,6 +69,8 @@ class Descent:
     def __post_init__(self) -> None:
         check_positive(self, "batch_size", "iterations", "lr", "patience")
         check_not_negative(self, "min_lr")
+        if self.min_lr > self.lr:
+            raise UserError(f"The rate falls to min_lr, which is at most lr; got {self.min_lr} and {self.lr}.")
         if not 0 < self.lr_factor < 1:
             raise UserError(f"lr_factor is what the rate is multiplied by to fall, in (0, 1); got {self.lr_factor}.")
         check_choices(self)

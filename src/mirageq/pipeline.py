@@ -84,6 +84,7 @@ def quantize(
     else:
         teacher = Teacher.wrap(model, image_shape, device=device or "cpu")
     check_pixel_range(teacher, method)
+    _check_calibration(calibration_images)
     scheme, tuner = scheme or Scheme(), tuner or Distill()
     with journal.timed("convert"):  # first, so that a scheme that does not fit is refused before any image is made
         student = untuned(teacher, method, scheme, tuner, images)
@@ -102,6 +103,11 @@ def untuned(teacher: Teacher, method: Method, scheme: Scheme, tuner: Tuner, imag
 
 def _same(wanted: torch.device, own: torch.device) -> bool:
     return wanted.type == own.type and wanted.index in (None, own.index)
+
+
+def _check_calibration(images: int) -> None:
+    if images < 1:
+        raise UserError(f"calibration_images must be positive; got {images}.")
 
 
 def check_pixel_range(teacher: Teacher, method: Method) -> None:
@@ -132,7 +138,6 @@ def teach(
 
 def calibrate(student: Student, source: ImageSource, images: int) -> None:
     """Set the student's activation ranges on `images` images of the source."""
-    if images < 1:
-        raise UserError(f"calibration_images must be positive; got {images}.")
+    _check_calibration(images)
     device = next(student.parameters()).device
     student.calibrate(chunk.to(device) for chunk in source.sample(images).images.split(CALIBRATION_BATCH))

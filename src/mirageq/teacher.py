@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from mirageq.capture import capture, on_device
 from mirageq.errors import UserError, first_line
-from mirageq.graph import batch_norms, is_stored, layer_name, running_statistics, stored
+from mirageq.graph import batch_norms, is_stored, running_statistics, stored
 from mirageq.observe import Observation, Observer
 
 
@@ -71,8 +71,8 @@ class Teacher:
         observe = Observer(network)
         seen = _first_look(observe, image_shape, device)
         norms = tuple(
-            BatchNormStatistics(layer_name(node), *(stored(network, value) for value in running_statistics(node)))
-            for node in batch_norms(network.graph)
+            BatchNormStatistics(name, *(stored(network, value) for value in running_statistics(node)))
+            for name, node in zip(observe.names, batch_norms(network.graph), strict=True)
         )
         return Teacher(network, image_shape, seen.logits.shape[1], seen.features.shape[1], norms, mean, std, observe)
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -149,3 +151,17 @@ def test_a_network_without_batch_norm_in_its_deeper_half_is_refused():
 def test_settings_out_of_range_are_refused():
     with pytest.raises(UserError, match="centroid_rate lies in"):
         ClusterQ(centroid_rate=1.5)
+
+
+def test_only_norms_that_see_image_by_image_have_centroids(tokens):
+    source = ClusterQ(warmup=2, batch_size=4, width=8, latent=4).synthesize(Teacher.wrap(tokens, SHAPE), 4)
+    assert set(source.guide.tables) == {"bn", "bn_last"}
+    assert next(source.batches(4)).images.isfinite().all()
+
+
+def test_no_image_of_a_class_is_drawn_alone(teacher, monkeypatch):
+    centroids, drawn = Centroids(teacher, ClusterQ(warmup=1)), []
+    monkeypatch.setattr(centroids, "_move", lambda *_, **__: None)
+    monkeypatch.setattr(centroids, "teacher", SimpleNamespace(classes=65, device="cpu", observe=lambda images: None))
+    centroids.after_update(1, lambda labels, purpose: drawn.append(len(labels)))
+    assert drawn == [33, 32]

@@ -56,3 +56,10 @@ def test_too_few_images_or_no_normalisation_is_said(file):
         Real(path=str(file)).synthesize(teacher, 21)
     with pytest.raises(UserError, match="give its mean and std"):
         Real(path=str(file)).synthesize(Teacher.wrap(TinyResNet(), SHAPE), 4)
+
+
+def test_labels_of_other_classes_are_refused(tmp_path):
+    teacher = Teacher.wrap(TinyResNet(), SHAPE, mean=(0.5,) * 3, std=(0.25,) * 3)
+    np.savez(tmp_path / "images.npz", images=np.zeros((2, *SHAPE[1:], 3), np.uint8), labels=np.array([0, 5]))
+    with pytest.raises(UserError, match="have the label 5, and the network knows 5 classes"):
+        Real(path=str(tmp_path / "images.npz")).synthesize(teacher, 2)

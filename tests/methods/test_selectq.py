@@ -70,3 +70,15 @@ def test_mistakes_in_the_inner_method_are_named():
         recipe.build({"method": {"name": "selectq", "candidate": {"name": "zeroq"}}})
     with pytest.raises(UserError, match="at least 1"):
         SelectQ(candidates_per_image=0.5)
+
+
+def test_norms_of_vectors_are_looked_at_and_those_of_all_tokens_together_are_not(tokens):
+    layers = layer_statistics(Teacher.wrap(tokens, SHAPE), torch.randn(70, *SHAPE))
+    assert [layer.shape for layer in layers] == [(70, 16), (70, 16), (70, 8)]
+    assert all(layer.isfinite().all() for layer in layers)
+
+
+@pytest.mark.parametrize("settings", [{"candidates_per_image": float("inf")}, {"clusters": 0}])
+def test_settings_out_of_range_are_refused(settings):
+    with pytest.raises(UserError, match="candidates_per_image and clusters are at least 1"):
+        SelectQ(**settings)

@@ -7,7 +7,7 @@ from mirageq.errors import UserError
 from mirageq.methods.texq import POOLED, TexQ, layered_alignment, natural_energies, texture_divergence, texture_energies
 from mirageq.observe import Observation
 from mirageq.seeding import stream
-from mirageq.teacher import BatchNormStatistics
+from mirageq.teacher import BatchNormStatistics, Teacher
 
 
 def test_energies_are_shares_that_ignore_contrast_brightness_and_transposition():
@@ -50,3 +50,12 @@ def test_layered_alignment_forgives_shallow_layers_and_not_the_last():
 def test_margins_out_of_order_are_refused():
     with pytest.raises(UserError, match="cosine distances"):
         TexQ(margin_low=0.6, margin_high=0.5)
+
+
+def test_what_cannot_be_painted_is_refused_at_once():
+    with pytest.raises(UserError, match="centre_batch must be positive; got 0"):
+        TexQ(centre_batch=0)
+    body = (torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.Flatten(), torch.nn.Linear(64, 3))
+    low = torch.nn.Sequential(*body).eval()
+    with pytest.raises(UserError, match="looks at textures of 5 x 5 pixels, and the images have 4 x 4"):
+        TexQ(warmup=1).synthesize(Teacher.wrap(low, (3, 4, 4)), 2)

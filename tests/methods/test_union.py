@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from mirageq import recipe
 from mirageq.errors import UserError
+from mirageq.images import SyntheticSet
 from mirageq.methods.genie import Genie
 from mirageq.methods.noise import Noise
+from mirageq.methods.selectq import SelectQ
+from mirageq.methods.stored import Stored
 from mirageq.methods.union import Union
 from mirageq.methods.zeroq import ZeroQ
 from mirageq.teacher import Teacher
@@ -47,10 +51,21 @@ def test_a_recipe_holds_both_methods():
     assert recipe.build(recipe.describe(built)) == built
 
 
-def test_what_cannot_be_joined_is_refused():
+def test_what_cannot_be_joined_is_refused(monkeypatch):
     teacher = Teacher.wrap(TinyResNet(), SHAPE)
     with pytest.raises(UserError, match="union of 3 methods has as many images at least; got 2"):
         Union(third=Noise()).synthesize(teacher, 2)
     small = ZeroQ(iterations=1, batch_size=4, image_size=8)
+    painted = []
+    monkeypatch.setattr(ZeroQ, "synthesize", lambda *_, **__: painted.append(1))
+    for second in (ZEROQ, SelectQ(candidates=ZEROQ)):
+        with pytest.raises(UserError, match=r"one shape.*\(3, 8, 8\) and \(3, 16, 16\)"):
+            Union(first=small, second=second).synthesize(teacher, 4)
+    assert painted == []
+
+
+def test_images_of_a_file_must_have_the_shape_of_the_others(tmp_path):
+    SyntheticSet(torch.randn(4, 3, 8, 8), torch.arange(4)).save(tmp_path / "images.safetensors")
+    stored = Stored(path=str(tmp_path / "images.safetensors"))
     with pytest.raises(UserError, match=r"one shape.*\(3, 8, 8\) and \(3, 16, 16\)"):
-        Union(first=small, second=ZEROQ).synthesize(teacher, 4)
+        Union(first=Noise(), second=stored).synthesize(Teacher.wrap(TinyResNet(), SHAPE), 4)

@@ -9,7 +9,7 @@ from mirageq.quant import convert
 from mirageq.quant.fake_quant import grid, learned_fake_quantize
 from mirageq.quant.quantizers import ActivationQuantizer, WeightQuantizer
 from mirageq.testing import SHAPE, TinyDense, TinyResNet
-from mirageq.tuning import soft
+from mirageq.tuning import Correct, soft
 from mirageq.tuning.cache import Cache, Spilled
 from mirageq.tuning.reconstruct import Reconstruct
 from mirageq.tuning.soft import Dropping, DroppingActivation, SoftWeight
@@ -264,6 +264,8 @@ def test_what_cannot_work_is_said(teacher, source):
         Reconstruct(drop=1.0)
     with pytest.raises(UserError, match="What follows a reconstruction is another tuner; give this one more steps"):
         Reconstruct(then=Reconstruct())
+    with pytest.raises(UserError, match="What follows a reconstruction is another tuner; give this one more steps"):
+        Reconstruct(then=Correct(then=Reconstruct()))
     for name in ("steps", "mixes", "scale_lr", "weight_scale_lr", "bias_lr", "rounding_weight"):
         with pytest.raises(UserError, match=f"{name} must not be negative; got -1"):
             Reconstruct(**{name: -1})

@@ -82,6 +82,8 @@ class Centroids:
 
     def __init__(self, teacher: Teacher, settings: ClusterQ) -> None:
         self.teacher, self.settings, self.layers = teacher, settings, deep_layers(teacher)
+        blank = teacher.observe(torch.zeros(2, *teacher.image_shape, device=teacher.device)).bn_inputs
+        self.layers = [layer for layer in self.layers if len(blank[layer]) == 2]  # those that see image by image
         self.tables: dict[str, tuple[Tensor, Tensor]] = {}
 
     def terms(self, seen: Observation, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
@@ -110,7 +112,8 @@ class Centroids:
         since = step - settings.warmup
         first = since >= 0 and not self.tables
         if first or (since > 0 and since % settings.centroid_every == 0 and settings.centroid_rate):
-            for index, labels in enumerate(torch.arange(self.teacher.classes).split(SAMPLE_BATCH)):
+            classes = torch.arange(self.teacher.classes)
+            for index, labels in enumerate(classes.tensor_split(-(-len(classes) // SAMPLE_BATCH))):  # none alone
                 labels = labels.to(self.teacher.device)
                 self._move(labels, self.teacher.observe(draw(labels, f"centroids {step} {index}")), first=first)
 

@@ -48,5 +48,6 @@ class Real:
             raise UserError(f"{self.path} holds {data.count} images, and {count} were asked for. Lower images.")
         chosen = torch.randperm(data.count, generator=stream(seed, "real"))[:count].tolist()
         pixels, labels = (torch.cat(parts) for parts in zip(*data.batches(256, chosen), strict=True))
+        data.check_labels(labels, teacher.classes)
         mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (teacher.mean, teacher.std))
         return SyntheticSet((pixels / 255 - mean) / std, labels, seed=seed)

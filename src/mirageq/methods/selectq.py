@@ -19,6 +19,7 @@ Choose it: to study selection; among images painted to the same statistics it di
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -52,7 +53,7 @@ class SelectQ:
     clusters: int = 10
 
     def __post_init__(self) -> None:
-        if self.candidates_per_image < 1 or self.clusters < 1:
+        if not 1 <= self.candidates_per_image < math.inf or self.clusters < 1:
             raise UserError(
                 "candidates_per_image and clusters are at least 1; got "
                 f"{self.candidates_per_image} and {self.clusters}."
@@ -77,7 +78,7 @@ def layer_statistics(teacher: Teacher, images: Tensor) -> list[Tensor]:
     layers: list[list[Tensor]] = []
     for chunk in images.split(CHUNK):
         seen = teacher.observe(chunk.to(teacher.device))
-        pairs = [sample_statistics(x) for x in seen.bn_inputs.values()]
+        pairs = [sample_statistics(x) for x in seen.bn_inputs.values() if len(x) == len(chunk)]  # not of all tokens
         rows = [torch.cat([mean, var.sqrt()], 1).cpu() for mean, var in pairs] + [seen.features.float().cpu()]
         layers = [[*layer, row] for layer, row in zip(layers or [[] for _ in rows], rows, strict=True)]
     joined = [torch.cat(layer) for layer in layers]

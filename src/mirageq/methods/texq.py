@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mirageq.errors import check_not_negative
+from mirageq.errors import UserError, check_not_negative, check_positive
 from mirageq.generator import GeneratorTraining
 from mirageq.generator_source import Draw, GeneratorSource
 from mirageq.images import ImageSource
@@ -74,6 +74,7 @@ class TexQ(GeneratorTraining):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_positive(self, "centre_iterations", "centre_lr", "centre_batch")
         check_not_negative(self, "texture_weight", "tolerance", "margin_weight")
         check_margins(self.margin_low, self.margin_high)
 
@@ -92,9 +93,15 @@ class TexQ(GeneratorTraining):
             batch_size=self.centre_batch,
             iterations=self.centre_iterations,
             lr=self.centre_lr,
+            min_lr=min(Descent.min_lr, self.centre_lr),
             schedule="cosine",
             precision=self.precision,
         )
+        if min(teacher.image_shape[1:]) < len(LAWS["L"]):
+            raise UserError(
+                f"TexQ looks at textures of {len(LAWS['L'])} x {len(LAWS['L'])} pixels, and the images have "
+                f"{teacher.image_shape[1]} x {teacher.image_shape[2]}. Use clusterq or gdfq."
+            )
         natural = natural_energies(teacher.image_shape, stream(seed, "texq", "natural")).to(teacher.device)
         canvas = Canvas(teacher, teacher.classes, descent, seed, journal)
         features = []

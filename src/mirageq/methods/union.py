@@ -46,15 +46,26 @@ class Union:
             raise UserError(
                 f"A union of {len(methods)} methods has as many images at least; got {count}. Raise images."
             )
+        _require_one_shape({teacher.shape_at(size) for method in methods.values() for size in _sizes(method)})
         journal = journal or Journal()
         parts = []
         for index, (name, method) in enumerate(methods.items()):
             wanted = (count - index - 1) // len(methods) + 1  # one more of the first ones if it does not come out even
             parts.append(method.synthesize(teacher, wanted, seed=seed, journal=journal.within(name)).sample(wanted))
-        shapes = [tuple(part.images.shape[1:]) for part in parts]
-        if len(set(shapes)) > 1:
-            made = " and ".join(map(str, shapes))
-            raise UserError(f"The images of a union have one shape; its methods make {made}.")
+        _require_one_shape({tuple(part.images.shape[1:]) for part in parts})
         order = torch.randperm(count, generator=stream(seed, "union"))
         images, labels = (torch.cat(each)[order] for each in zip(*parts, strict=True))
         return SyntheticSet(images.half(), labels, seed=seed)
+
+
+def _sizes(method: Method) -> list[int | None]:
+    """The `image_size` of a method, or of those that it is made of."""
+    if hasattr(method, "image_size"):
+        return [method.image_size]
+    return [size for part in vars(method).values() if isinstance(part, Method) for size in _sizes(part)]
+
+
+def _require_one_shape(shapes: set[tuple[int, ...]]) -> None:
+    if len(shapes) > 1:
+        made = " and ".join(map(str, sorted(shapes)))
+        raise UserError(f"The images of a union have one shape; its methods make {made}.")

@@ -98,8 +98,11 @@ class Reconstruct:
         check_not_negative(self, "steps", "mixes", "scale_lr", "weight_scale_lr", "bias_lr", "rounding_weight")
         if not 0 <= self.drop < 1:
             raise UserError(f"drop is a probability below 1; got {self.drop}.")
-        if isinstance(self.then, Reconstruct):
-            raise UserError("What follows a reconstruction is another tuner; give this one more steps instead.")
+        then: object = self.then
+        while then is not None:
+            if isinstance(then, Reconstruct):
+                raise UserError("What follows a reconstruction is another tuner; give this one more steps instead.")
+            then = getattr(then, "then", None)
 
     def check(self, student: Student, images: int | None) -> None:
         """Raise a `UserError` for weights whose grid follows them, or fewer images than a batch."""
