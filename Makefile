@@ -21,7 +21,7 @@ lint: $(VENV)/dev.stamp
 	$(RUN) -m mypy
 
 $(VENV)/%.stamp: pyproject.toml constraints.txt
-	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(RUN) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[$*]'
 	touch $@
 

@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
@@ -33,13 +34,14 @@ QUICK = [
 
 
 MINE = """
+from __future__ import annotations
+
 from dataclasses import dataclass
 from mirageq import Noise
 
 @dataclass(frozen=True, kw_only=True)
-class Mine:
-    def synthesize(self, teacher, count, *, seed=0, journal=None):
-        return Noise().synthesize(teacher, count, seed=seed)
+class Mine(Noise):
+    '''Noise under another name.'''
 """
 
 
@@ -570,6 +572,51 @@ def test_a_method_from_a_file_is_found_again(tmp_path, monkeypatch, capsys):
     (tmp_path / "mine.py").unlink()
     capsys.readouterr()
     assert cli.main(["show", "run"]) == 0
+
+
+def test_the_example_of_a_method_is_found_by_its_file(tmp_path, capsys):
+    example = str(Path(__file__).parents[1] / "examples" / "own_method.py")
+    command = ["synthesize", *TINY, "--method", f"{example}:SmoothNoise", "--count", "2", "--set", "method.side=3"]
+    assert cli.main([*command, "--out", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    assert cli.main(["methods", f"{example}:SmoothNoise"]) == 0
+    assert "A method of your own" in capsys.readouterr().out
+
+
+def test_a_network_may_import_what_lies_beside_it_as_it_is_built(tmp_path):
+    (tmp_path / "beside_it.py").write_text("from mirageq.testing import TinyResNet\n")
+    build = "def build():\n    from beside_it import TinyResNet\n    return TinyResNet()\n"
+    (tmp_path / "net.py").write_text(build)
+    load_teacher(NetworkChoice(name=f"py:{tmp_path / 'net.py'}:build", image_shape=SHAPE))
+
+
+def test_two_runs_begun_at_once_in_one_folder_do_not_mix(tmp_path, monkeypatch):
+    monkeypatch.setattr("mirageq.run.check_folder", lambda folder: None)  # the other one begins right after it
+    choice = NetworkChoice(name="py:mirageq.testing:TinyResNet", image_shape=SHAPE)
+    recipe, teacher = Recipe(method=ZeroQ(iterations=2)), load_teacher(choice)
+    Run.create(tmp_path / "run", choice, recipe, 0, teacher)
+    before = (tmp_path / "run" / "run.json").read_bytes()
+    with pytest.raises(UserError, match="holds a run that was begun at the same time"):
+        Run.create(tmp_path / "run", choice, recipe, 1, teacher)
+    assert (tmp_path / "run" / "run.json").read_bytes() == before
+
+
+def test_a_run_goes_on_where_it_began_and_its_command_can_be_pasted(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "a [bold] run"
+    monkeypatch.setattr("mirageq.pipeline.teach", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert quantize(out) == 130
+    assert f"mirageq quantize --resume '{out}'" in capsys.readouterr().err
+    monkeypatch.undo()
+    asked = []
+    monkeypatch.setattr(cli, "_device", lambda options: asked.append(options.device) or "cpu")
+    assert cli.main(["quantize", "--resume", str(out)]) == 0
+    assert asked == ["cpu"]  # and not a GPU that is there by now
+    assert "a [bold] run" in capsys.readouterr().out.replace("\n", "")
+
+
+def test_images_to_prove_a_file_on_are_scaled_only_if_there_are_some(finished, tmp_path, capsys):
+    assert cli.main(["export", str(finished), "--out", str(tmp_path / "m.onnx"), "--resize", "20"]) == 2
+    assert "--resize scales the labelled images of --data" in capsys.readouterr().err
 
 
 def test_a_run_that_another_process_finished_is_not_done_again(tmp_path):

@@ -97,7 +97,7 @@ def test_cells_side_by_side_are_those_of_one_process(place, capsys):
     few = ["--methods", "clusterq", "--seeds", "0"]
     assert run(place, *few, "--jobs", "2", out="two") == 0
     told = capsys.readouterr().out
-    assert "images of clusterq seed0: begun; its log is" in told
+    assert "images of clusterq-12-seed0: begun; its log is" in told
     assert run(place, *few, out="one") == 0
     figures = ("label", "top1", "divergence", "images")
     one, two = (sorted([row[name] for name in figures] for row in rows(place, out)) for out in ("one", "two"))
@@ -106,11 +106,13 @@ def test_cells_side_by_side_are_those_of_one_process(place, capsys):
     assert (place / "two" / "table.md").exists()
 
 
-def test_what_fails_beside_others_is_told_once_they_are_finished(place, capsys):
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_what_fails_beside_others_is_told_once_they_are_finished(place, capsys, jobs):
     plan = place / "plan.toml"
-    plan.write_text(plan.read_text().split("[methods")[0] + "[methods.noise]\n[methods.zeroq]\nlr = 1e30\n")
-    assert run(place, "--seeds", "0", "--bits", "w4a4", "--jobs", "2") == 2
+    plan.write_text(plan.read_text().split("[methods")[0] + "[methods.zeroq]\nlr = 1e30\n[methods.noise]\n")
+    assert run(place, "--seeds", "0", "--bits", "w4a4", "--jobs", jobs) == 2
     told = capsys.readouterr().err
+    assert "| noise |" in (place / "out" / "table.md").read_text()
     assert "All else is finished, but not:\nzeroq w4a4 seed0: The synthesis loss became " in told
     assert "Lower lr." in told
     assert [row["label"] for row in rows(place)] == ["noise w4a4 seed0"]
@@ -400,3 +402,47 @@ def test_a_damaged_protocol_is_told(place, capsys):
         path.write_text(text)
         assert cli.main(["show", str(place / "out")]) == 2
         assert f"{path} is damaged or of another version" in capsys.readouterr().err
+
+
+VARIANTS = """
+[variants]
+"more steps" = ["tuner.steps=4"]
+"" = []
+"""
+
+
+def test_a_variant_may_be_picked_before_the_rest_or_after(place):
+    plan = place / "plan.toml"
+    plan.write_text(plan.read_text() + VARIANTS)
+    few = ["--methods", "noise", "--bits", "w4a4", "--seeds", "0"]
+    assert run(place, *few, "--only", "more steps") == 0
+    assert run(place, *few) == 0
+    assert run(place, *few, out="other") == 0
+    assert run(place, *few, "--only", "more steps", out="other") == 0
+    assert len(rows(place)) == len(rows(place, "other")) == 2
+
+
+def test_variants_of_a_methods_own_settings_are_refused_at_once(place, capsys):
+    plan = place / "plan.toml"
+    plan.write_text(plan.read_text() + VARIANTS.replace("tuner.steps=4", "method.iterations=4"))
+    assert run(place, "--only", "zeroq", "seed0") == 2
+    assert "would share their images, and their settings of the method differ" in capsys.readouterr().err
+    assert not (place / "out").exists()
+
+
+def test_tuning_that_is_finished_is_not_done_again(place, monkeypatch):
+    only, measure = ["--methods", "noise", "--bits", "w4a4", "--seeds", "0"], compare.accuracy
+    assert run(place, *only, out="whole") == 0
+
+    def stopped(*arguments, teacher=None, **settings):
+        if teacher:  # a student is measured, and not the network itself
+            raise KeyboardInterrupt
+        return measure(*arguments, **settings)
+
+    monkeypatch.setattr(compare, "accuracy", stopped)
+    assert run(place, *only) == 130
+    monkeypatch.setattr(compare, "accuracy", measure)
+    monkeypatch.setattr("mirageq.tuning.distill._Run.update", None)  # no step is taken any more
+    assert run(place, *only) == 0
+    assert rows(place)[0]["divergence"] == rows(place, "whole")[0]["divergence"]
+    assert not list((place / "out" / "work" / "cells").rglob("*.pt"))

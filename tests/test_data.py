@@ -182,3 +182,33 @@ def test_a_missing_library_names_its_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(UserError, match=r"Reading parquet needs pyarrow: pip install 'mirageq\[data\]'"):
         open_images(tmp_path / "images.parquet", SHAPE)
+
+
+def test_images_of_any_number_of_channels_are_scaled(tmp_path):
+    for channels in (1, 2, 3, 5):
+        ramp = np.broadcast_to(np.arange(0, 160, 10, dtype=np.uint8)[None, :, None], (8, 16, channels))
+        np.savez(tmp_path / "images.npz", images=ramp[None], labels=[0])
+        ((images, _),) = open_images(tmp_path / "images.npz", (channels, 16, 16), resize=16).batches(1)
+        assert images.shape == (1, channels, 16, 16)
+        assert (images[0, :, :, 1:] >= images[0, :, :, :-1]).all()
+
+
+@pytest.mark.parametrize("labels", [["cat"], [0.5]])
+def test_labels_are_whole_numbers(tmp_path, labels):
+    np.savez(tmp_path / "images.npz", images=np.zeros((1, 8, 8, 3), np.uint8), labels=labels)
+    with pytest.raises(UserError, match="labels are whole numbers, got"):
+        open_images(tmp_path / "images.npz", SHAPE)
+
+
+def test_labels_below_zero_are_told(tmp_path):
+    np.savez(tmp_path / "images.npz", images=np.zeros((2, 8, 8, 3), np.uint8), labels=[0, -1])
+    data = open_images(tmp_path / "images.npz", SHAPE)
+    with pytest.raises(UserError, match="have the label -1, and the network knows 5 classes"):
+        data.check_labels(torch.tensor([0, -1]), 5)
+
+
+def test_classes_are_in_the_order_of_their_names_on_every_system(tmp_path):
+    for name in ("b", "A", "C"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.png").write_bytes(png(pixels(1)[0]))
+    assert [file.parent.name for file, _ in open_images(tmp_path, SHAPE)._files.files] == ["A", "C", "b"]

@@ -142,3 +142,11 @@ def test_a_base_that_leads_nowhere_is_told(tmp_path):
     (tmp_path / "c.toml").write_text("base = 3")
     with pytest.raises(UserError, match=r"base names another recipe, as text; got 3 in .*c\.toml"):
         recipe.read(str(tmp_path / "c.toml"))
+
+
+def test_a_section_without_a_name_is_what_it_is_by_default():
+    base = {"method": {"iterations": 5}, "tuner": {"steps": 3}}
+    for name in ({}, {"name": "distill"}):
+        built = recipe.build(recipe.laid_over(base, {"tuner": {**name, "lr": 1e-4}}))
+        assert (built.tuner.steps, built.tuner.lr, built.method.iterations) == (3, 1e-4, 5)
+    assert recipe.laid_over(base, {"method": {"name": "zeroq"}})["method"] == {"name": "zeroq"}

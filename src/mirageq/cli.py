@@ -18,11 +18,11 @@ from mirageq import recipe, reference
 from mirageq.arguments import MODEL, parser
 from mirageq.compare import PROTOCOL, Comparison
 from mirageq.errors import UserError
-from mirageq.folders import RECORD, alone, check_folder
+from mirageq.folders import RECORD, alone, check_folder, resuming
 from mirageq.models import NetworkChoice, load_teacher
 from mirageq.parallel import Setting, fill_in_parallel
 from mirageq.plan import Plan
-from mirageq.run import Run
+from mirageq.run import Run, machine
 from mirageq.show import show_comparisons, show_run, summarise
 from mirageq.tables import describe
 from mirageq.teacher import Teacher
@@ -43,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"mirageq: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        raise
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         print(f"mirageq: {error.strerror or error}{where}. {_how_to_continue(options)}".rstrip(), file=sys.stderr)
@@ -56,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _how_to_continue(options: argparse.Namespace) -> str:
     out = getattr(options, "out", None)
     if out and (out / RECORD).exists():
-        return f"Continue with: mirageq quantize --resume {out}"
+        return f"Continue with: {resuming(out)}"
     if out and (out / PROTOCOL).exists():
         return f"{len(Comparison.open(out).rows())} cells in {out} are finished; the same command continues."
     return ""
@@ -111,7 +113,10 @@ def _resume(options: argparse.Namespace) -> tuple[Run, Teacher]:
         name=options.model or run.choice.name,
         checkpoint=str(options.checkpoint) if options.checkpoint else None if options.model else run.choice.checkpoint,
     )
+    if options.device == "auto" and run.record["machine"]["device"] == "cpu":  # as it was begun
+        options.device = "cpu"
     teacher = load_teacher(found, _device(options))
+    run.record["machine"] = machine(teacher.device)
     run.record["network"] |= asdict(found.known(teacher))  # written once the run is finished
     return run, teacher
 
@@ -141,6 +146,8 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from mirageq.export import deliver
 
+    if options.resize and not options.data:
+        raise UserError("--resize scales the labelled images of --data; give both, or leave it out.")
     run = Run.open(options.run)
     teacher = load_teacher(_normalised(run, options))
     student = run.student(teacher)
@@ -157,7 +164,7 @@ def _export(options: argparse.Namespace) -> None:
         threads=options.threads,
     )
     for line in describe(delivery):
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, markup=False)
 
 
 def _proving_images(options: argparse.Namespace, run: Run, teacher: Teacher) -> Tensor:
@@ -220,11 +227,16 @@ def _compare(options: argparse.Namespace) -> None:
     comparison = Comparison.begin(options.out, plan.network, teacher, data, wanted, options.work)
     console.print(comparison.protocol.sentences(), highlight=False)
     with alone(options.out / PROTOCOL):
-        if options.jobs > 1:
-            setting = Setting(comparison, plan, choice, device, plan.data, options.resize, options.limit)
-            fill_in_parallel(setting, options.jobs, console, options.only)
-        else:
-            comparison.fill(plan, teacher, data, console, options.only)
+        try:
+            if options.jobs > 1:
+                setting = Setting(comparison, plan, choice, device, plan.data, options.resize, options.limit)
+                fill_in_parallel(setting, options.jobs, console, options.only)
+            else:
+                comparison.fill(plan, teacher, data, console, options.only)
+        except UserError:
+            if comparison.rows():
+                show_comparisons([comparison])
+            raise
     show_comparisons([comparison])
 
 
@@ -241,8 +253,8 @@ def _show(options: argparse.Namespace) -> None:
 def _recipe_table(options: argparse.Namespace) -> recipe.Table:
     table = recipe.read(options.recipe) if options.recipe else {}
     if options.method:
-        named = recipe.section(table, "method").get("name") == options.method
-        table["method"] = table["method"] if named else {"name": options.method}
+        named = recipe.section(table, "method").get("name", recipe.UNNAMED["method"]) == options.method
+        table["method"] = (recipe.section(table, "method") if named else {}) | {"name": options.method}
     if isinstance(stored := getattr(options, "images", None), Path):
         _refuse(options, "--images takes the images of a run", "method")
         file = Run.open(stored).images_file() if stored.is_dir() else stored

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -21,7 +22,7 @@ from mirageq import recipe as recipes
 from mirageq.data import LabelledImages
 from mirageq.errors import UserError, first_line
 from mirageq.evaluate import accuracy, intra_class_distance, silhouette
-from mirageq.folders import check_folder, file_name, write_text
+from mirageq.folders import check_folder, file_name, replacing, write_text
 from mirageq.images import Batch, ImageSource, hash_tensors
 from mirageq.journal import Journal, read_lines
 from mirageq.pipeline import teach, untuned
@@ -30,6 +31,7 @@ from mirageq.protocol import Protocol, first_difference
 from mirageq.recipe import Recipe, Table
 from mirageq.run import machine, peak_memory, versions
 from mirageq.teacher import Teacher
+from mirageq.tuning.contract import forget
 
 PROTOCOL, CELLS = "protocol.json", "cells.jsonl"
 MEASURED_IMAGES = 1000  # images whose features are looked at
@@ -101,11 +103,19 @@ class Comparison:
     def fill(
         self, plan: Plan, teacher: Teacher, data: LabelledImages, console: Console, only: Sequence[str] = ()
     ) -> None:
-        """Compute the plan's cells that are not finished, of those whose label contains all texts of `only`."""
-        wanted = self.unfinished(plan, only)
+        """Compute the plan's cells that are not finished, of those whose label contains all texts of `only`.
+
+        Raises:
+            UserError: something failed; told when all else is done.
+        """
+        wanted, errors = self.unfinished(plan, only), []
         for index, cell in enumerate(wanted):
-            console.rule(f"{cell.label} ({index + 1} of {len(wanted)})")
-            self.add(self.compute(plan.recipe_of(cell), cell, teacher, data, console), console)
+            console.rule(f"{escape(cell.label)} ({index + 1} of {len(wanted)})")
+            try:
+                self.add(self.compute(plan.recipe_of(cell), cell, teacher, data, console), console)
+            except UserError as error:
+                errors.append(f"{cell.label}: {error}")
+        require_none(errors)
 
     def unfinished(self, plan: Plan, only: Sequence[str] = ()) -> list[Cell]:
         """The plan's cells that have no row yet, of those whose label contains all texts of `only`.
@@ -125,7 +135,7 @@ class Comparison:
         """Keep the row of a finished cell, and tell its accuracy."""
         write_text(self.folder / CELLS, "".join(json.dumps(each) + "\n" for each in [*self.rows(), row]))
         told = f"{row['label']}: {row['top1']:.2f} (full precision {self.protocol.full_precision:.2f})"
-        console.print(told, highlight=False)
+        console.print(told, highlight=False, markup=False)
 
     def features(self) -> dict[str, Batch]:
         """Method -> penultimate features and labels of its images, for the methods whose work lies here."""
@@ -177,6 +187,8 @@ class Comparison:
             journal=learning,
         )
         measured = accuracy(student, data, teacher.mean, teacher.std, teacher=teacher, device=str(teacher.device))
+        looked_at = self._look_at(source, wanted.images, teacher, self.images_folder(wanted, cell))
+        forget(learning)
         return {
             "label": cell.label,
             "method": cell.method,
@@ -189,7 +201,7 @@ class Comparison:
             "standard_error": measured.standard_error,
             "divergence": measured.divergence,
             "full_precision": self.protocol.full_precision,
-            "images": self._look_at(source, wanted.images, teacher, self.images_folder(wanted, cell)),
+            "images": looked_at,
             "recipe": recipes.describe(wanted),
             "seconds": {name: round(value, 1) for name, value in (painting.seconds | learning.seconds).items()},
             "peak_memory_bytes": peak_memory(),
@@ -208,7 +220,8 @@ class Comparison:
                 shown.append(seen.features.float().cpu())
                 answers.append(seen.logits.argmax(1).cpu())
         features, guessed = torch.cat(shown), torch.cat(answers)
-        save_file({"images": features, "labels": sample.labels.contiguous()}, folder / "features.safetensors")
+        with replacing(folder / "features.safetensors") as written:
+            save_file({"images": features, "labels": sample.labels.contiguous()}, written)
         return {
             "sha256": hash_tensors(sample._asdict()),
             "recognised": 100 * (guessed == sample.labels).float().mean().item(),
@@ -222,6 +235,12 @@ class Comparison:
 
     def _images_of(self, method: str, count: int, seed: int) -> Path:
         return self.work / "images" / file_name(f"{method}-{count}-seed{seed}")
+
+
+def require_none(errors: Sequence[str]) -> None:
+    """Raise a `UserError` that tells what failed, if anything did."""
+    if errors:
+        raise UserError("All else is finished, but not:\n" + "\n".join(errors))
 
 
 def joined(comparisons: Sequence[Comparison]) -> list[Row]:

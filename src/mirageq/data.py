@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -51,11 +51,12 @@ class LabelledImages:
                 f"{self.name} has {self.classes} sub-folders, and the network knows {classes} classes: a label is a "
                 "sub-folder's place, so there must be one for each class, if need be an empty one."
             )
-        if int(labels.max()) >= classes:
-            raise UserError(
-                f"The images have the label {int(labels.max())}, and the network knows {classes} classes. "
-                "Give images of the data set it was trained for."
-            )
+        for label in (int(labels.max()), int(labels.min())):
+            if not 0 <= label < classes:
+                raise UserError(
+                    f"The images have the label {label}, and the network knows {classes} classes. "
+                    "Give images of the data set it was trained for."
+                )
 
     def fitting(self, pixels: int, most: int) -> int:
         """How many images, at least one and `most` at most, have so many pixels together."""
@@ -145,13 +146,20 @@ def _open(path: Path) -> _Files:
 
 class _Arrays:
     def __init__(self, images: np.ndarray, labels: Sequence[int] | np.ndarray) -> None:
-        self.images, self.labels = images, labels
+        self.images, self.labels = images, _whole(labels)
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         return self.images[index], int(self.labels[index])
+
+
+def _whole(labels: Sequence[int] | np.ndarray) -> np.ndarray:
+    numbers = np.asarray(labels)
+    if numbers.dtype.kind not in "iu":
+        raise ValueError(f"labels are whole numbers, got {numbers.dtype}")
+    return numbers
 
 
 def _npz(path: Path) -> _Arrays:
@@ -182,15 +190,16 @@ def _cifar_binary(path: Path) -> _Arrays:
 
 class _Folder:
     def __init__(self, path: Path) -> None:
-        classes = sorted(folder for folder in path.iterdir() if folder.is_dir())
+        classes = _by_name(folder for folder in path.iterdir() if folder.is_dir())
         if not classes:
             raise UserError(f"{path} has no sub-folders; an image folder has one a class, in the order of the labels.")
         found = [
             (place, label, file)
             for label, folder in enumerate(classes)
-            for place, file in enumerate(sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES))
+            for place, file in enumerate(_by_name(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES))
         ]
-        self.files = [(file, label) for _, label, file in sorted(found)]  # so that the first few are of all classes
+        found.sort(key=lambda entry: entry[:2])  # so that the first few are of all classes
+        self.files = [(file, label) for _, label, file in found]
         self.classes = len(classes)
 
     def __len__(self) -> int:
@@ -201,6 +210,11 @@ class _Folder:
         return _decode(file.read_bytes(), str(file)), label
 
 
+def _by_name(paths: Iterable[Path]) -> list[Path]:
+    """In one order on all systems."""
+    return sorted(paths, key=lambda path: path.name)
+
+
 class _Parquet:
     def __init__(self, path: Path) -> None:
         try:
@@ -208,7 +222,7 @@ class _Parquet:
         except ImportError as error:
             raise UserError("Reading parquet needs pyarrow: pip install 'mirageq[data]'.") from error
         table = pyarrow.parquet.read_table(path, columns=["jpeg", "label"])
-        self.jpegs, self.labels = table["jpeg"], table["label"].to_pylist()
+        self.jpegs, self.labels = table["jpeg"], _whole(table["label"].to_pylist()).tolist()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -230,7 +244,9 @@ def _scale(image: np.ndarray, short_side: int) -> np.ndarray:
     factor = short_side / min(height, width)
     pillow = _pillow()
     size = (round(width * factor), round(height * factor))
-    return np.asarray(pillow.fromarray(image).resize(size, pillow.Resampling.BICUBIC))
+    bands = [image] if image.shape[2] == 3 else [np.ascontiguousarray(band) for band in np.moveaxis(image, 2, 0)]
+    scaled = [np.asarray(pillow.fromarray(band).resize(size, pillow.Resampling.BICUBIC)) for band in bands]
+    return scaled[0] if image.shape[2] == 3 else np.stack(scaled, 2)
 
 
 def _pillow():

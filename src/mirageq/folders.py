@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,7 +73,12 @@ def file_name(label: str) -> str:
     >>> file_name("zeroq, short w4a4 seed0")
     'zeroq,_short_w4a4_seed0'
     """
-    return label.replace(" ", "_").replace("/", "_")
+    return re.sub(r'[ /\\:*?"<>|]', "_", label)
+
+
+def resuming(run: Path) -> str:
+    """The command that goes on with a run, as a shell takes it."""
+    return f"mirageq quantize --resume {shlex.quote(str(run))}"
 
 
 def check_folder(folder: Path) -> None:
@@ -81,7 +88,7 @@ def check_folder(folder: Path) -> None:
     if (folder / RECORD).exists():
         raise UserError(
             f"{folder} already holds a run. Give another folder, or continue that run, if it is unfinished, with: "
-            f"mirageq quantize --resume {folder}"
+            f"{resuming(folder)}"
         )
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"The output folder {folder} is not empty; give a new or empty one.")

@@ -91,9 +91,17 @@ class SyntheticSet:
         return hash_tensors({"images": self.images, "labels": self.labels})
 
     def save(self, path: Path) -> None:
-        """Write the set, as float16, to a safetensors file; an interruption leaves none, or the one before."""
-        with replacing(path) as written:
-            save_file({"images": self.images.half().contiguous(), "labels": self.labels.contiguous()}, written)
+        """Write the set, as float16, to a safetensors file; an interruption leaves none, or the one before.
+
+        Raises:
+            UserError: the path cannot be written.
+        """
+        tensors = {"images": self.images.half().contiguous(), "labels": self.labels.contiguous()}
+        try:
+            with replacing(path) as written:
+                save_file(tensors, written)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} cannot be written: {error}.") from error
 
     @staticmethod
     def load(path: Path, *, seed: int = 0) -> SyntheticSet:

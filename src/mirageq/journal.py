@@ -170,8 +170,8 @@ class Checkpoint:
         """Save now."""
         if self.path:
             self.path.parent.mkdir(exist_ok=True)
-            with replacing(self.path) as written:
-                torch.save(state, written)
+            with replacing(self.path) as written, written.open("wb") as file:  # a path would hide what the system says
+                torch.save(state, file)
             self._saved()
             self._saved_at = time.monotonic()
 

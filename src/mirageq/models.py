@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 from mirageq.capture import load_exported
 from mirageq.demo_weights import to_timm_names
 from mirageq.errors import UserError, did_you_mean, first_line
-from mirageq.modules import module_of
+from mirageq.modules import importable, module_of
 from mirageq.teacher import Teacher
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -257,7 +257,8 @@ def _python(rest: str, pretrained: bool) -> nn.Module:
     except Exception as error:
         raise UserError(f"'py:{rest}' cannot be imported: {type(error).__name__}: {first_line(error)}.") from error
     try:
-        model = build()
+        with importable(source):
+            model = build()
     except Exception as error:
         needs = " It is called without arguments." if isinstance(error, TypeError) else ""
         raise UserError(f"{attribute}() of {source} failed: {first_line(error)}.{needs}") from error

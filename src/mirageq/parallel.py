@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from mirageq.compare import Comparison
+from mirageq.compare import Comparison, require_none
 from mirageq.data import open_images
 from mirageq.errors import UserError
 from mirageq.folders import file_name, write_text
@@ -49,7 +49,7 @@ class Task:
 
     @property
     def label(self) -> str:
-        return f"images of {self.cell.method} seed{self.cell.seed}" if self.only_images else self.cell.label
+        return f"images of {self.images.name}" if self.only_images else self.cell.label
 
 
 def fill_in_parallel(setting: Setting, jobs: int, console: Console, only: Sequence[str] = ()) -> None:
@@ -69,7 +69,9 @@ def fill_in_parallel(setting: Setting, jobs: int, console: Console, only: Sequen
             for task in ready[: jobs - len(running)]:
                 to_do.remove(task)
                 running[task] = _begin(setting, task, threads)
-                console.print(f"{task.label}: begun; its log is {_paper(setting, task, 'log')}", highlight=False)
+                console.print(
+                    f"{task.label}: begun; its log is {_paper(setting, task, 'log')}", highlight=False, markup=False
+                )
             wait([process.sentinel for process in running.values()])
             for task in [task for task, process in running.items() if not process.is_alive()]:
                 running.pop(task).join()
@@ -82,8 +84,7 @@ def fill_in_parallel(setting: Setting, jobs: int, console: Console, only: Sequen
     finally:
         for process in running.values():
             process.terminate()
-    if errors:
-        raise UserError("All else is finished, but not:\n" + "\n".join(errors))
+    require_none(errors)
 
 
 def _tasks(setting: Setting, only: Sequence[str]) -> list[Task]:

@@ -16,7 +16,7 @@ from mirageq.methods import Method
 from mirageq.quant import Scheme, Student, convert
 from mirageq.teacher import Teacher
 from mirageq.tuning import Distill, Tuner
-from mirageq.tuning.contract import check
+from mirageq.tuning.contract import check, forget
 
 CALIBRATION_BATCH = 64
 
@@ -91,6 +91,7 @@ def quantize(
     with journal.timed("synthesize"):
         source = method.synthesize(teacher, images, seed=seed, journal=journal)
     teach(teacher, student, source, tuner, calibration_images=calibration_images, seed=seed, journal=journal)
+    forget(journal)
     return Result(teacher, student, source, journal.seconds)
 
 
@@ -129,7 +130,10 @@ def teach(
     seed: int,
     journal: Journal,
 ) -> None:
-    """Calibrate and tune a converted student in place on images that exist; the journal keeps the seconds of each."""
+    """Calibrate and tune a converted student in place on images that exist; the journal keeps the seconds of each.
+
+    It also keeps the finished student, until `tuning.contract.forget` is called.
+    """
     with journal.timed("calibrate"):
         calibrate(student, source, calibration_images)
     with journal.timed("tune"):

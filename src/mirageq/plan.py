@@ -9,7 +9,7 @@ from pathlib import Path
 from mirageq import recipe as recipes
 from mirageq.errors import UserError
 from mirageq.folders import file_name
-from mirageq.methods import METHODS
+from mirageq.methods import METHODS, Method
 from mirageq.recipe import Recipe, Table
 
 
@@ -100,8 +100,21 @@ class Plan:
         return recipes.build(recipes.assign(recipes.set_bits(table, cell.bits), self.variants[cell.variant]))
 
     def check(self, only: Sequence[str] = ()) -> Recipe:
-        """Build every cell's recipe, so that a mistake shows before anything is computed; returns the first."""
-        return [self.recipe_of(cell) for cell in self.cells(only)][0]
+        """Build every picked cell's recipe, so that a mistake shows before anything is computed; returns the first.
+
+        Raises:
+            UserError: two cells would share images, and make them differently.
+        """
+        made: dict[tuple[str, int, int], tuple[Cell, Method]] = {}
+        for cell in self.cells(only):
+            wanted = self.recipe_of(cell)
+            other, method = made.setdefault((cell.method, wanted.images, cell.seed), (cell, wanted.method))
+            if method != wanted.method:
+                raise UserError(
+                    f"'{other.label}' and '{cell.label}' would share their images, and their settings of the method "
+                    "differ. Give each a label of its own, [methods.LABEL], in the place of a variant."
+                )
+        return self.recipe_of(self.cells()[0])
 
 
 def _table(value: object, where: str) -> Table:

@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser
 from mirageq import methods
 from mirageq.errors import UserError, check_positive, did_you_mean
 from mirageq.methods import Method
+from mirageq.modules import source_of
 from mirageq.quant import Scheme, parse_bits
 from mirageq.tuning import TUNERS, Distill, Tuner
 
@@ -27,6 +28,8 @@ else:
 Table = dict[str, Any]
 
 SECTIONS = ("method", "scheme", "tuner")
+UNNAMED = {"method": "intraq", "tuner": "distill"}
+"""What a section without a `name` is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,10 +81,10 @@ def read(name: str, above: tuple[str, ...] = ()) -> Table:
     return laid_over(read(str(beside) if base not in known and beside.is_file() else base, (*above, name)), table)
 
 
-def laid_over(base: Table, own: Table) -> Table:
+def laid_over(base: Table, own: Table, default: str | None = None) -> Table:
     """What `own` says, and what `base` says where `own` does not; a method or tuner of another name takes nothing over.
 
-    A section that `own` sets to `false` is left out.
+    A section that `own` sets to `false` is left out; `default` is the name of a table that has none.
 
     >>> laid_over({"images": 8, "method": {"name": "zeroq", "lr": 0.1}}, {"method": {"lr": 0.2}})
     {'images': 8, 'method': {'name': 'zeroq', 'lr': 0.2}}
@@ -90,13 +93,13 @@ def laid_over(base: Table, own: Table) -> Table:
     >>> laid_over({"name": "union", "third": {"name": "genie"}}, {"third": False})
     {'name': 'union'}
     """
-    if own.get("name", base.get("name")) != base.get("name"):
+    if own.get("name", base.get("name", default)) != base.get("name", default):
         return own
     result = {**base, **own}
     for name, part in base.items():
         given = own.get(name)
         if isinstance(part, dict) and isinstance(given, dict):
-            result[name] = laid_over(part, given)
+            result[name] = laid_over(part, given, UNNAMED.get(name, default))
         elif isinstance(part, dict) and given is False:
             del result[name]
     return result
@@ -140,9 +143,9 @@ def build(table: Table) -> Recipe:
     """
     rest = dict(table)
     parts = {
-        "method": _assemble(section(rest, "method"), "method", methods.find, "intraq"),
+        "method": _assemble(section(rest, "method"), "method", methods.find, UNNAMED["method"]),
         "scheme": settings(Scheme, section(rest, "scheme"), "scheme"),
-        "tuner": _assemble(section(rest, "tuner"), "tuner", find_tuner, "distill"),
+        "tuner": _assemble(section(rest, "tuner"), "tuner", find_tuner, UNNAMED["tuner"]),
     }
     for name in SECTIONS:
         rest.pop(name, None)
@@ -246,10 +249,7 @@ def _name(registry: dict[str, type], value: object) -> str:
     for name, kind in registry.items():
         if type(value) is kind:
             return name
-    module = type(value).__module__
-    if module not in sys.modules:  # read from a file by its path
-        module = type(value).synthesize.__code__.co_filename  # type: ignore[attr-defined]
-    return f"{module}:{type(value).__qualname__}"
+    return f"{source_of(type(value))}:{type(value).__qualname__}"
 
 
 def _values(value: object) -> Table:

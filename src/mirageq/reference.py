@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
+import sys
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -65,7 +65,7 @@ def _list(what: str, ideas: Mapping[str, str], console: Console) -> None:
 
 def card(kind: type) -> str:
     """The card of a method or tuner: the opening text of its file."""
-    return (importlib.import_module(kind.__module__).__doc__ or "").strip()
+    return (sys.modules[kind.__module__].__doc__ or "").strip()
 
 
 def ideas(kinds: Mapping[str, type]) -> dict[str, str]:

@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 
 import mirageq
 from mirageq.errors import UserError
-from mirageq.folders import RECORD, alone, check_folder, write_text
+from mirageq.folders import RECORD, alone, check_folder, resuming, write_text
 from mirageq.images import ImageSource, SyntheticSet, hash_tensors
 from mirageq.journal import HISTORY, SECONDS, Journal, read_history
 from mirageq.models import NetworkChoice, load_teacher
@@ -52,6 +52,10 @@ class Run:
         check_pixel_range(teacher, recipe.method)
         check_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        try:
+            (folder / RECORD).open("x").close()
+        except FileExistsError as error:
+            raise UserError(f"{folder} holds a run that was begun at the same time; give another folder.") from error
         record = {
             "format": FORMAT,
             "status": "running",
@@ -88,7 +92,7 @@ class Run:
                 f"{folder} was written in format {record['format']}, this version reads format {FORMAT}. "
                 "Use the version of mirageq named in its run.json."
             )
-        missing = {"status", "only_images", "seed", "network", "recipe"} - record.keys()
+        missing = {"status", "only_images", "seed", "machine", "network", "recipe"} - record.keys()
         if not missing and isinstance(record["network"], dict):
             missing = {"sha256", *NetworkChoice.__annotations__} - record["network"].keys()
         if missing or not all(isinstance(record[name], dict) for name in ("network", "recipe")):
@@ -155,7 +159,7 @@ class Run:
         if not self.finished and not (self.folder / IMAGES).exists():
             raise UserError(
                 f"{self.folder} holds an unfinished run, whose images are not all made; go on with: "
-                f"mirageq quantize --resume {self.folder}"
+                f"{resuming(self.folder)}"
             )
         return self.folder / IMAGES
 
@@ -168,9 +172,7 @@ class Run:
         if self.record["only_images"]:
             raise UserError(f"{self.folder} holds only images, made by mirageq synthesize; there is no student in it.")
         if not self.finished:
-            raise UserError(
-                f"{self.folder} holds an unfinished run; finish it with: mirageq quantize --resume {self.folder}"
-            )
+            raise UserError(f"{self.folder} holds an unfinished run; finish it with: {resuming(self.folder)}")
         return load_student(self.folder / STUDENT, teacher)
 
     def _carry_out(self, teacher: Teacher, journal: Journal) -> Result | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table as Grid
 
 from mirageq.compare import Comparison, joined
@@ -30,7 +31,7 @@ def summarise(run: Run, console: Console) -> None:
     """Print what a run is, and what it cost if it is finished."""
     record = run.record
     grid = Grid(box=None, show_header=False, pad_edge=False)
-    grid.add_row("network", record["network"]["name"])
+    grid.add_row("network", escape(record["network"]["name"]))
     scheme = "" if record["only_images"] else f" {run.scheme.bits} {run.scheme.placement}"
     grid.add_row("recipe", f"{record['recipe']['method']['name']}{scheme}")
     if run.finished:
@@ -41,7 +42,7 @@ def summarise(run: Run, console: Console) -> None:
         grid.add_row("time", ", ".join(f"{name} {value:.0f} s" for name, value in record["seconds"].items()))
         grid.add_row("memory", f"{record['peak_memory_bytes'] / 2**30:.2f} GiB at most")
     grid.add_row("status", record["status"])
-    grid.add_row("folder", str(run.folder))
+    grid.add_row("folder", escape(str(run.folder)))
     console.print(grid, highlight=False)
 
 

@@ -11,6 +11,7 @@ from mirageq.quant.quantizers import ActivationQuantizer, WeightQuantizer
 from mirageq.testing import SHAPE, TinyDense, TinyResNet
 from mirageq.tuning import Correct, soft
 from mirageq.tuning.cache import Cache, Spilled
+from mirageq.tuning.contract import forget
 from mirageq.tuning.reconstruct import Reconstruct
 from mirageq.tuning.soft import Dropping, DroppingActivation, SoftWeight
 
@@ -71,7 +72,9 @@ def test_another_tuner_can_follow_and_an_interruption_in_it_costs_no_block(teach
     images = source.sample(8).images
     with torch.no_grad():
         assert torch.equal(whole(images), again(images))
-    assert not (tmp_path / "checkpoints" / "reconstruct.pt").exists()
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"reconstruct.pt", "tune.pt"}
+    forget(journal)
+    assert not any((tmp_path / "checkpoints").iterdir())
 
 
 def test_a_recipe_holds_both_tuners():

@@ -10,6 +10,15 @@ from mirageq.journal import Journal
 from mirageq.quant import Student
 from mirageq.teacher import Teacher
 
+CHECKPOINTS = ("tune", "reconstruct")
+"""Where tuners keep how far they are. What is finished stays there, until whoever asked for it has put it away."""
+
+
+def forget(journal: Journal) -> None:
+    """Drop the checkpoints of tuning that is finished."""
+    for name in CHECKPOINTS:
+        journal.checkpoint(name).clear()
+
 
 @runtime_checkable
 class Tuner(Protocol):

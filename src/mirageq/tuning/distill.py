@@ -121,7 +121,7 @@ class Distill:
                 if terms is not None:
                     advance(run.step - 1, **terms)
                     checkpoint.offer(run.state_dict)
-        checkpoint.clear()
+        checkpoint.save(run.state_dict())
 
     def rate(self, step: int) -> float:
         """The learning rate of update `step` (0-based)."""

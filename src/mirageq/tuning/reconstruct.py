@@ -126,12 +126,10 @@ class Reconstruct:
             UserError: fewer images than a batch, weights whose grid follows them, or a loss that is not finite.
         """
         journal = journal or Journal()
-        checkpoint = journal.checkpoint("reconstruct")
         if self.steps:
-            self._all_blocks(teacher, student, source, seed, journal, checkpoint)
+            self._all_blocks(teacher, student, source, seed, journal, journal.checkpoint("reconstruct"))
         if self.then:
             self.then.tune(teacher, student, source, seed=seed, journal=journal)
-        checkpoint.clear()
 
     def _all_blocks(
         self,
