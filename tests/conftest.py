@@ -51,6 +51,27 @@ def tokens():
     return Tokens()
 
 
+class SequenceFirst(torch.nn.Module):
+    """Tokens in front of images in the middle, and a table of positions that goes through a layer of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = torch.nn.Conv2d(3, 4, 4, stride=4), torch.nn.Linear(4, 5)
+        self.a, self.b = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+        self.table, self.positions = torch.nn.Parameter(torch.randn(16, 2)), torch.nn.Linear(2, 4)
+        self.eval()
+
+    def forward(self, x):
+        tokens = torch.relu(self.conv(x)).flatten(2).permute(2, 0, 1)  # (T, N, C)
+        tokens = torch.relu(self.a(tokens)) + torch.relu(self.positions(self.table))[:, None]
+        return self.fc(torch.relu(self.b(tokens)).mean(0))
+
+
+@pytest.fixture
+def sequence_first():
+    return SequenceFirst()
+
+
 class Stumbling(Journal):
     """Interrupts the computation at so many rows; a checkpoint is saved whenever one is offered."""
 

@@ -294,3 +294,30 @@ def test_weights_that_are_not_numbers_are_refused_by_name():
 def test_a_normalisation_that_does_not_fit_is_refused(options, message):
     with pytest.raises(UserError, match=message):
         Teacher.wrap(TinyResNet(), SHAPE, **options)
+
+
+class StandardisedByNorm(nn.Conv2d):
+    """Weight standardisation as timm writes it: by a norm of the weight, whose statistics are its batch's."""
+
+    def forward(self, x):
+        weight = nn.functional.batch_norm(self.weight.reshape(1, len(self.weight), -1), None, None, training=True)
+        return nn.functional.conv2d(x, weight.reshape_as(self.weight), self.bias)
+
+
+def test_weights_that_a_norm_standardises_are_computed_once():
+    torch.manual_seed(0)
+    network = nn.Sequential(StandardisedByNorm(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(784, 5)).eval()
+    images, captured = torch.randn(2, *SHAPE), capture(network, SHAPE)
+    torch.testing.assert_close(captured(images), network(images))
+    assert len(graph.weighted(captured.graph)) == 2
+
+
+def test_programs_of_any_image_size_or_without_layers_are_told(tmp_path):
+    network, images = TinyResNet(), (torch.zeros(2, *SHAPE),)
+    free = {name: torch.export.Dim(f"d{name}", min=2 if name == 0 else 8) for name in range(4) if name != 1}
+    torch.export.save(torch.export.export(network, images, dynamic_shapes=(free,)), tmp_path / "any.pt2")
+    with pytest.raises(UserError, match="exported for images of any size. Export it again with a fixed height and"):
+        load_exported(tmp_path / "any.pt2")
+    program = torch.export.export(network, images, dynamic_shapes=({0: torch.export.Dim("n")},))
+    with pytest.raises(UserError, match="decomposed; export it again without run_decompositions"):
+        Teacher.wrap(program.run_decompositions(), SHAPE)

@@ -62,11 +62,6 @@ def capture(model: nn.Module | ExportedProgram, image_shape: tuple[int, int, int
     for node in list(graph.nodes):
         if node.target is aten._native_batch_norm_legit_no_training.default:
             _restore_batch_norm(graph, node)
-        elif "native_batch_norm" in str(node.target):
-            raise UserError(
-                "A batch normalisation uses its batch's statistics: the program was exported in training mode, or the "
-                "norm keeps no running ones. Call model.eval() and export it again, or use norms that keep them."
-            )
         elif node.target in (aten.view.default, aten._unsafe_view.default):
             node.target = aten.reshape.default  # a view fails on images in another memory format
         elif node.target is aten._assert_tensor_metadata.default:
@@ -77,6 +72,11 @@ def capture(model: nn.Module | ExportedProgram, image_shape: tuple[int, int, int
     for node in graph.find_nodes(op="call_function", target=aten.conv2d.default):
         _pad_inside(node)
     graph.eliminate_dead_code()
+    if any("native_batch_norm" in str(node.target) for node in graph.nodes):
+        raise UserError(
+            "A batch normalisation uses its batch's statistics: the program was exported in training mode, or the "
+            "norm keeps no running ones. Call model.eval() and export it again, or use norms that keep them."
+        )
     for name in ("_guards_fn", "_in_spec", "_out_spec"):
         if hasattr(module, name):
             delattr(module, name)
@@ -97,7 +97,7 @@ def load_exported(path: Path) -> tuple[ExportedProgram, tuple[int, int, int]]:
     """Read a `.pt2` file and the image shape (C, H, W) it was exported with.
 
     Raises:
-        UserError: not a readable exported program, or one whose batch size is fixed.
+        UserError: not a readable exported program, or one whose batch size is fixed, or whose image size is not.
     """
     if not path.is_file():
         raise UserError(f"There is no file {path}.")
@@ -117,6 +117,8 @@ def load_exported(path: Path) -> tuple[ExportedProgram, tuple[int, int, int]]:
             f"{path} was exported for batches of exactly {batch}. Export it again with a free batch size: "
             'torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},)).'
         )
+    if not all(isinstance(size, int) for size in shape):
+        raise UserError(f"{path} was exported for images of any size. Export it again with a fixed height and width.")
     return program, tuple(shape)
 
 

@@ -97,6 +97,8 @@ def last_layer(graph: torch.fx.Graph) -> Node:
         UserError: there is none.
     """
     if not (layers := weighted(graph)):
+        if any(node.target in (aten.convolution.default, aten.addmm.default) for node in graph.nodes):
+            raise UserError("The program's layers were decomposed; export it again without run_decompositions().")
         raise UserError(
             "The network has no convolution or linear layer with a stored weight; there is nothing to quantize."
         )

@@ -357,3 +357,36 @@ def test_what_the_network_computes_stays_in_the_file(what, symmetric, images, tm
         run = open_file(tmp_path / "model.onnx", "onnxruntime", 1)
         with torch.no_grad():
             assert np.abs(run(images.numpy()) - student(images).numpy()).max() < 0.1 * float(student(images).std())
+
+
+class Preactivated(nn.Module):
+    """Norms behind sums, which no layer takes up; of positive scales, so that their codes are all the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 5)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(3))
+        self.layers = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / max(parameter[0].numel(), 1) ** 0.5)
+            for norm in self.norms:
+                norm.weight.abs_()
+                norm.running_var.uniform_(0.5, 2, generator=generator)
+        self.eval()
+
+    def forward(self, x):
+        x = self.stem(x)
+        for norm, layer in zip(self.norms, self.layers, strict=False):
+            x = x + layer(F.relu(norm(x)))
+        return self.last(F.relu(self.norms[-1](x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_norms_that_no_layer_takes_up_share_no_codes(bits, images, tmp_path):
+    teacher, student = student_of(
+        Preactivated(), images, weight_bits=bits, activation_bits=bits, placement="deploy", residual_bits=8
+    )
+    delivery = deliver(student, teacher, images, tmp_path / "model.onnx", runtimes=["onnxruntime"], threads=1)
+    assert delivery.verifications[0].agreement == 100

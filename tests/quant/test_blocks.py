@@ -94,3 +94,33 @@ def test_a_flattening_by_batch_size_stays_inside_its_block():
     with torch.no_grad():
         x = between(graph, blocks[0].start, blocks[0].end)(images)
         assert torch.equal(between(graph, blocks[1].start, blocks[1].end)(x), student(images))
+
+
+class Inverted(nn.Module):
+    """Inverted residual blocks in a row, without an activation function behind their sums."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.fc = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 5)
+        self.wide = nn.ModuleList(nn.Sequential(nn.Conv2d(4, 8, 1, bias=False), nn.BatchNorm2d(8)) for _ in range(3))
+        self.narrow = nn.ModuleList(nn.Sequential(nn.Conv2d(8, 4, 1, bias=False), nn.BatchNorm2d(4)) for _ in range(3))
+        self.eval()
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        for wide, narrow in zip(self.wide, self.narrow, strict=True):
+            x = x + narrow(F.relu6(wide(x)))
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("placement", ["paper", "deploy"])
+def test_inverted_residual_blocks_in_a_row_stay_blocks(placement):
+    _, _, blocks = blocks_of(Inverted(), placement)
+    layers = [block.layers for block in blocks]
+    assert layers[1:4] == [(f"wide.{index}.0", f"narrow.{index}.0") for index in range(3)]
+
+
+def test_borders_count_images_and_layers_of_a_table_are_left_alone(sequence_first):
+    _, network, blocks = blocks_of(sequence_first, "deploy")
+    assert [block.layers for block in blocks] == [("conv",), ("a", "positions", "b"), ("fc",)]
+    assert single_layers(network, blocks[1]) == []

@@ -87,3 +87,31 @@ def test_a_linear_layer_of_tokens_is_corrected_channel_by_channel(placement):
     before = (student(images) - teacher(images)).mean(0).abs().max()
     Correct(images=64).tune(teacher, student, source)
     assert (student(images) - teacher(images)).mean(0).abs().max() < 0.2 * before
+
+
+@pytest.mark.parametrize("norms", [True, False])
+def test_what_two_layers_share_is_moved_once_for_both(norms):
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = torch.nn.Conv2d(3, 3, 3, padding=1), torch.nn.BatchNorm2d(3)
+            self.fc = torch.nn.Linear(3, 5)
+            self.eval()
+
+        def layer(self, x):
+            return torch.relu(self.bn(self.conv(x)) if norms else self.conv(x))
+
+        def forward(self, x):
+            return self.fc(self.layer(self.layer(x)).mean((2, 3)))
+
+    teacher = Teacher.wrap(Tied(), (3, 8, 8))
+    student = convert(teacher.network, Scheme(weight_bits=8, activation_bits=8, placement="paper"))
+    name = "bn.running_mean" if norms else "conv.bias"
+    moved = student.network.get_buffer(name) if norms else student.network.get_parameter(name)
+    source, meant = Noise().synthesize(teacher, 64), moved.detach().clone()
+    calibrate(student, source, 64)
+    with torch.no_grad():
+        (student.network.get_parameter("conv.bias") if norms else moved).add_(1.0)  # what quantization might have done
+    Correct(images=64, biases=not norms).tune(teacher, student, source)
+    wanted = meant + (1.0 if norms else 0.0)
+    assert (moved - wanted).abs().max() < 0.3  # moved twice it would be 1.0 off

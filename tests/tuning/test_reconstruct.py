@@ -310,3 +310,12 @@ def test_a_layer_that_is_read_twice_in_a_block_has_one_rounding():
     quantizer = student.weight_quantizers["conv"]
     codes = student.network.get_parameter("conv.weight") / quantizer.scale
     assert codes.round().detach() == pytest.approx(codes.detach(), abs=1e-3)
+
+
+@pytest.mark.parametrize("most", [16, 1])
+def test_tokens_in_front_of_images_are_no_trouble(most, sequence_first):
+    teacher = Teacher.wrap(sequence_first, SHAPE)
+    source = Noise().synthesize(teacher, 40)  # more than a chunk
+    student = student_of(teacher, source, placement="deploy")
+    Reconstruct(**{**QUICK, "images": 40}, layers_per_block=1, most_layers=most).tune(teacher, student, source)
+    assert student(source.sample(4).images).isfinite().all()

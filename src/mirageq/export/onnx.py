@@ -16,6 +16,7 @@ from torch import nn
 
 from mirageq.errors import UserError
 from mirageq.export.emit import OPSET, PROFILES, integer_network, packable
+from mirageq.graph import free_name
 from mirageq.quant import Student
 from mirageq.quant.operations import kind
 from mirageq.quant.placement import activations, name_of
@@ -50,7 +51,7 @@ def export_student(
     model = _translate(network, teacher)
     if pack_weights:
         _pack(model, packable(network, 4))
-    _give_own_zero_points(model)
+    _share_nothing(model)
     scheme = student.scheme
     facts = {
         "mirageq.bits": scheme.bits,
@@ -124,8 +125,11 @@ def _unsupported(error: BaseException, teacher: Teacher) -> str:
     return f"The network cannot be written as ONNX: {first}"
 
 
-def _give_own_zero_points(model: ir.Model) -> None:
-    """No two weights share zero points: ONNX Runtime fails to make codes unsigned where they do (`EXACT_PRODUCTS`)."""
+def _share_nothing(model: ir.Model) -> None:
+    """Give each weight codes and zero points of its own.
+
+    ONNX Runtime fails to make codes unsigned where two weights share zero points (`EXACT_PRODUCTS`).
+    """
     import onnx_ir as ir
 
     taken = set()
@@ -134,13 +138,17 @@ def _give_own_zero_points(model: ir.Model) -> None:
             codes, _, shared = node.inputs
             assert codes is not None
             assert shared is not None
-            if shared.name in taken and codes.name in model.graph.initializers:
-                assert shared.const_value is not None
-                value = ir.tensor(shared.const_value.numpy())
-                own = ir.Value(name=f"{codes.name}_zero_point", type=ir.TensorType(value.dtype), const_value=value)
-                model.graph.register_initializer(own)
-                node.replace_input_with(2, own)
-            taken.add(shared.name)
+            if codes.name not in model.graph.initializers:
+                continue
+            for index, value in ((0, codes), (2, shared)):  # equal codes were made one, too
+                if value.name in taken:
+                    assert value.const_value is not None
+                    copy = ir.tensor(value.const_value.numpy())
+                    name = free_name(f"{value.name}_copy", model.graph.initializers)
+                    own = ir.Value(name=name, type=ir.TensorType(copy.dtype), const_value=copy)
+                    model.graph.register_initializer(own)
+                    node.replace_input_with(index, own)
+                taken.add(value.name)
 
 
 def _pack(model: ir.Model, names: set[str]) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from mirageq.errors import UserError
-from mirageq.images import ImageSource, SyntheticSet
+from mirageq.images import Batch, ImageSource, SyntheticSet
 from mirageq.journal import Journal
 from mirageq.methods.contract import Method
 from mirageq.methods.intraq import IntraQ
@@ -51,11 +51,12 @@ class Union:
         parts = []
         for index, (name, method) in enumerate(methods.items()):
             wanted = (count - index - 1) // len(methods) + 1  # one more of the first ones if it does not come out even
-            parts.append(method.synthesize(teacher, wanted, seed=seed, journal=journal.within(name)).sample(wanted))
+            part = method.synthesize(teacher, wanted, seed=seed, journal=journal.within(name)).sample(wanted)
+            parts.append(Batch(part.images.half(), part.labels))
         _require_one_shape({tuple(part.images.shape[1:]) for part in parts})
         order = torch.randperm(count, generator=stream(seed, "union"))
         images, labels = (torch.cat(each)[order] for each in zip(*parts, strict=True))
-        return SyntheticSet(images.half(), labels, seed=seed)
+        return SyntheticSet(images, labels, seed=seed)
 
 
 def _sizes(method: Method) -> list[int | None]:

@@ -49,7 +49,7 @@ def find_blocks(network: GraphModule, end: Node, fewest_layers: int = 2) -> list
     """
     graph = network.graph
     (start,) = graph.find_nodes(op="placeholder")
-    cuts = _cuts(graph, start, end)
+    cuts = [node for node in _cuts(graph, start, end) if _counts_images(node, start)]
     following = dict(zip(cuts, cuts[1:], strict=False))
     cuts = [node for node in cuts if not _awaits_more(network, node, following.get(node))]
     if cuts[-1] is not end:
@@ -87,10 +87,18 @@ def layers_between(network: GraphModule, start: Node, end: Node) -> tuple[str, .
 
 
 def single_layers(network: GraphModule, block: Block) -> list[Block]:
-    """The quantized layers of a block, each up to the activation function and quantizer that it alone feeds."""
-    singles = []
+    """The quantized layers of a block, each up to the activation function and quantizer that it alone feeds.
+
+    Layers of what is no image, such as a table of positions, are left out.
+    """
+    singles, seen = [], {block.start}
     for node in _ancestors(block.start, block.end):
-        if node.target in WEIGHTED and (layers := layers_between(network, node.args[0], node)):
+        if seen.isdisjoint(node.all_input_nodes):
+            continue
+        seen.add(node)
+        if node.target not in WEIGHTED or node.args[0] not in seen or not _counts_images(node.args[0], block.start):
+            continue
+        if layers := layers_between(network, node.args[0], node):
             end, reader = node, _fed_alone(node)
             while end is not block.end and reader is not None and _awaits_more(network, end, reader):
                 end, reader = reader, _fed_alone(reader)
@@ -145,7 +153,15 @@ def _awaits_more(network: GraphModule, node: Node, following: Node | None) -> bo
     readers = [user for user in node.users if user.op == "call_module"]
     if any(isinstance(network.get_submodule(user.target), ActivationQuantizer) for user in readers):
         return True
-    return following is not None and following.target not in WEIGHTED and _shape(following) == _shape(node)
+    if following is None or layers_between(network, node, following):
+        return False
+    return following.target not in WEIGHTED and _shape(following) == _shape(node)
+
+
+def _counts_images(node: Node, start: Node) -> bool:
+    """Whether the first dimension of a value is that of the images (at `start`), as far as it is known."""
+    sizes = [None if (shape := _shape(_measured(each))) is None else str(shape[0]) for each in (node, start)]
+    return None in sizes or sizes[0] == sizes[1]
 
 
 def _is_last_map(node: Node, following: Node | None) -> bool:
@@ -155,11 +171,16 @@ def _is_last_map(node: Node, following: Node | None) -> bool:
 
 
 def _places(node: Node) -> int | None:
-    """Height times width of a feature map, 1 of a vector; of a quantizer, which does not tell, what it reads."""
+    """Height times width of a feature map, 1 of a vector."""
+    shape = _shape(_measured(node))
+    return None if shape is None else math.prod(shape[2:])
+
+
+def _measured(node: Node) -> Node:
+    """The node whose shape is known: of a quantizer, which does not tell, what it reads."""
     while node.op == "call_module":
         (node,) = node.all_input_nodes
-    shape = _shape(node)
-    return None if shape is None else math.prod(shape[2:])
+    return node
 
 
 def _fed_alone(node: Node) -> Node | None:

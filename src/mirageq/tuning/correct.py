@@ -97,15 +97,17 @@ class _Correction(Interpreter):
     def __init__(self, network: GraphModule, meant: dict[str, Moments], settings: Correct) -> None:
         super().__init__(network)
         self.network, self.meant, self.settings = network, meant, settings
+        self.done: set[Node] = set()  # what several layers share is moved once, by the first of them
 
     def run_node(self, n: Node) -> Any:
-        if n.target is BATCH_NORM and self.settings.batch_norms:
+        if n.target is BATCH_NORM and self.settings.batch_norms and self._first(running_statistics(n)[0]):
             self._move_norm(n)
         value = super().run_node(n)
-        if n.target in WEIGHTED and self.settings.biases and (bias := self._bias(n)) is not None:
+        bias = self._bias(n) if n.target in WEIGHTED and self.settings.biases else None
+        if bias is not None and self._first(bias):
             channels = _channels_second(n, value)
             shift = channel_statistics(channels)[0] - self.meant[n.name][0]
-            bias.sub_(shift)
+            stored(self.network, bias).sub_(shift)
             channels.sub_(shift.view(-1, *[1] * (channels.dim() - 2)))
         return value
 
@@ -116,10 +118,15 @@ class _Correction(Interpreter):
         eps = n.args[7]
         var.copy_(((var + eps) * (seen[1] + eps) / (meant[1] + eps) - eps).clamp_min(0))
 
-    def _bias(self, n: Node) -> Tensor | None:
+    def _first(self, tensor: Node) -> bool:
+        first = tensor not in self.done
+        self.done.add(tensor)
+        return first
+
+    def _bias(self, n: Node) -> Node | None:
         """The stored bias (O,) of a layer, behind its rounding if there is one."""
         node = n.args[2] if len(n.args) > 2 else n.kwargs.get("bias")
         if isinstance(node, Node) and node.op == "call_module":
             rounds = isinstance(self.network.get_submodule(node.target), BiasQuantizer)
             node = node.args[0] if rounds else None
-        return stored(self.network, node) if is_stored(node) else None
+        return node if is_stored(node) else None
