@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mirageq import IntraQ, Teacher, UserError, ZeroQ
+from mirageq.images import GrowingSet
 from mirageq.journal import Journal
 from mirageq.methods.genie import Genie
 from mirageq.methods.real import Real
@@ -136,3 +137,16 @@ def test_a_network_of_one_size_says_so(size):
 def test_an_image_size_is_positive(settings):
     with pytest.raises(UserError, match="image_size is a number of pixels; got 0"):
         settings(image_size=0)
+
+
+def test_a_part_that_is_painted_and_not_yet_written_is_not_painted_again(tmp_path, monkeypatch):
+    teacher, method = Teacher.wrap(TinyResNet(), SHAPE), ZeroQ(iterations=4, batch_size=4)
+    whole = method.synthesize(teacher, 4).sample(4).images
+    write = GrowingSet.write
+    monkeypatch.setattr(GrowingSet, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        method.synthesize(teacher, 4, journal=Journal(tmp_path, checkpoint_seconds=0))
+    monkeypatch.setattr(GrowingSet, "write", write)
+    monkeypatch.setattr(torch.optim.Adam, "step", None)  # no step is taken any more
+    assert torch.equal(method.synthesize(teacher, 4, journal=Journal(tmp_path)).sample(4).images, whole)
+    assert not any((tmp_path / "checkpoints").iterdir())

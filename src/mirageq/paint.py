@@ -23,6 +23,9 @@ Observe = Callable[[Tensor], Observation | Glance]
 Loss = Callable[[Tensor, torch.Generator], dict[str, Tensor]]
 """`loss(images, generator)`: named, already weighted scalar terms; randomness comes from the generator alone."""
 
+PAINTING = "paint"
+"""Where a descent keeps how far it is."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Descent:
@@ -189,6 +192,7 @@ class Canvas:
 
     def _write(self, part: Part, images: Tensor, labels: Tensor | None) -> None:
         self._set.write(part.start, images, self.teacher.pseudo_labels(images) if labels is None else labels)
+        self.journal.checkpoint(PAINTING).clear()
 
     def _read(self, part: Part) -> Batch:
         images, labels = self._set.read(part.start, part.stop)
@@ -243,7 +247,7 @@ def descend(
     """Minimise `loss(render(), generator)` over `parameters` with Adam and a falling rate, in place.
 
     `project` is called after each step. With a journal that has a folder the loop saves its state now and then, and
-    continues from it to the same bits.
+    continues from it to the same bits; whoever has put the result away clears the checkpoint `PAINTING`.
 
     Raises:
         UserError: the loss became NaN or infinite.
@@ -256,7 +260,7 @@ def descend(
         optimizer, factor=settings.lr_factor, patience=settings.patience, min_lr=least
     )
     falling = settings.schedule == "cosine"
-    checkpoint = journal.checkpoint("paint")
+    checkpoint = journal.checkpoint(PAINTING)
     begun = 0
     if (state := checkpoint.load()) and state["name"] == name:
         begun = state["step"]
@@ -298,4 +302,3 @@ def descend(
                     "generator": generator.get_state(),
                 }
             )
-    checkpoint.clear()

@@ -100,7 +100,7 @@ class Plan:
         return recipes.build(recipes.assign(recipes.set_bits(table, cell.bits), self.variants[cell.variant]))
 
     def check(self, only: Sequence[str] = ()) -> Recipe:
-        """Build every picked cell's recipe, so that a mistake shows before anything is computed; returns the first.
+        """Build every picked cell's recipe, so that a mistake shows before anything is computed; returns the first one.
 
         Raises:
             UserError: two cells would share images, and make them differently.

@@ -165,3 +165,22 @@ def test_no_image_of_a_class_is_drawn_alone(teacher, monkeypatch):
     monkeypatch.setattr(centroids, "teacher", SimpleNamespace(classes=65, device="cpu", observe=lambda images: None))
     centroids.after_update(1, lambda labels, purpose: drawn.append(len(labels)))
     assert drawn == [33, 32]
+
+
+class OnlyTokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.mix = nn.Conv2d(3, 4, 4, stride=4), nn.Linear(4, 4)
+        self.norms, self.fc = nn.ModuleList(nn.BatchNorm1d(4) for _ in range(2)), nn.Linear(4, 5)
+        self.eval()
+
+    def forward(self, x):
+        x = self.conv(x).flatten(2).transpose(1, 2)
+        for norm in self.norms:
+            x = norm(self.mix(x).flatten(0, 1)).relu().reshape(x.shape)
+        return self.fc(x.mean(1))
+
+
+def test_norms_of_tokens_alone_are_refused():
+    with pytest.raises(UserError, match="those there see tokens, not images"):
+        ClusterQ(warmup=1).synthesize(Teacher.wrap(OnlyTokens(), SHAPE), 2)

@@ -83,7 +83,12 @@ class Centroids:
     def __init__(self, teacher: Teacher, settings: ClusterQ) -> None:
         self.teacher, self.settings, self.layers = teacher, settings, deep_layers(teacher)
         blank = teacher.observe(torch.zeros(2, *teacher.image_shape, device=teacher.device)).bn_inputs
-        self.layers = [layer for layer in self.layers if len(blank[layer]) == 2]  # those that see image by image
+        self.layers = [layer for layer in self.layers if len(blank[layer]) == 2]
+        if not self.layers:
+            raise UserError(
+                "ClusterQ aligns BatchNorms of the network's deeper half, and those there see tokens, not images. "
+                "Use gdfq or intraq, which take BatchNorms whatever they see."
+            )
         self.tables: dict[str, tuple[Tensor, Tensor]] = {}
 
     def terms(self, seen: Observation, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:

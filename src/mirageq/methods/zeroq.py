@@ -11,8 +11,8 @@ Differences from the official code:
   3. Labels are the teacher's own guesses (the official code assigns none), so that any tuner can be fed.
 Cost: one teacher forward and backward pass an image and iteration; 500 iterations.
 Choose it: first, of all that paint: alone it serves distillation at least as well as IntraQ, at less cost
-(benchmarks/RESULTS.md). With `class_weight` and `swing` it paints
-objects that can be recognised, as DeepInversion (Yin et al., CVPR 2020) does with other priors.
+(benchmarks/RESULTS.md). With `class_weight` and `swing` it paints objects that can be recognised, as DeepInversion (Yin
+et al., CVPR 2020) does with other priors.
 """
 
 from __future__ import annotations
