@@ -611,7 +611,7 @@ def test_a_run_goes_on_where_it_began_and_its_command_can_be_pasted(tmp_path, ca
     monkeypatch.setattr(cli, "_device", lambda options: asked.append(options.device) or "cpu")
     assert cli.main(["quantize", "--resume", str(out)]) == 0
     assert asked == ["cpu"]  # and not a GPU that is there by now
-    assert "a[bold]run" in "".join(capsys.readouterr().out.split())
+    assert "[bold]run" in "".join(capsys.readouterr().out.split())
 
 
 def test_images_to_prove_a_file_on_are_scaled_only_if_there_are_some(finished, tmp_path, capsys):

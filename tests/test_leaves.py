@@ -36,7 +36,7 @@ def test_neighbours_are_alike_but_for_edges():
 @pytest.mark.parametrize("clamp", [True, False])
 def test_painting_may_begin_from_them(clamp):
     teacher = Teacher.wrap(TinyResNet(), SHAPE, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
-    settings = {"batch_size": 4, "iterations": 1, "lr": 1e-6, "clamp": clamp}
+    settings = {"batch_size": 4, "iterations": 1, "lr": 1e-6, "min_lr": 0.0, "clamp": clamp}
     plain = ZeroQ(**settings).synthesize(teacher, 6, seed=3).sample(6).images
     images = ZeroQ(**settings, start="leaves").synthesize(teacher, 6, seed=3).sample(6).images
     assert not torch.equal(images, plain)

@@ -113,7 +113,7 @@ def _resume(options: argparse.Namespace) -> tuple[Run, Teacher]:
         name=options.model or run.choice.name,
         checkpoint=str(options.checkpoint) if options.checkpoint else None if options.model else run.choice.checkpoint,
     )
-    if options.device == "auto" and run.record["machine"]["device"] == "cpu":  # as it was begun
+    if options.device == "auto" and run.record.get("machine", {}).get("device") == "cpu":  # as it was begun
         options.device = "cpu"
     teacher = load_teacher(found, _device(options))
     run.record["machine"] = machine(teacher.device)

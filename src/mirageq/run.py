@@ -92,7 +92,7 @@ class Run:
                 f"{folder} was written in format {record['format']}, this version reads format {FORMAT}. "
                 "Use the version of mirageq named in its run.json."
             )
-        missing = {"status", "only_images", "seed", "machine", "network", "recipe"} - record.keys()
+        missing = {"status", "only_images", "seed", "network", "recipe"} - record.keys()
         if not missing and isinstance(record["network"], dict):
             missing = {"sha256", *NetworkChoice.__annotations__} - record["network"].keys()
         if missing or not all(isinstance(record[name], dict) for name in ("network", "recipe")):
