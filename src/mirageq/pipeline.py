@@ -63,7 +63,8 @@ def quantize(
         calibration_images: how many of them set the activation ranges.
         seed: of everything random.
         device: where to compute, the CPU by default; a `Teacher` has its own.
-        journal: history, progress bars and checkpoints; silent and in memory by default.
+        journal: history, progress bars and checkpoints; silent and in memory by default. A folder belongs to one call:
+            images that are finished in it are read, whatever they were made by.
 
     Raises:
         UserError: anything wrong with the arguments, in one sentence.
