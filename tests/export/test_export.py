@@ -390,3 +390,24 @@ def test_norms_that_no_layer_takes_up_share_no_codes(bits, images, tmp_path):
     )
     delivery = deliver(student, teacher, images, tmp_path / "model.onnx", runtimes=["onnxruntime"], threads=1)
     assert delivery.verifications[0].agreement == 100
+
+
+class ReadTwice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.last = nn.Conv2d(3, 3, 3, padding=1), nn.Linear(3, 5)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / max(parameter[0].numel(), 1) ** 0.5)
+        self.eval()
+
+    def forward(self, x):
+        return self.last(F.relu(self.layer(F.relu(self.layer(x)))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_layer_that_is_read_twice_has_a_weight_for_each(bits, images, tmp_path):
+    teacher, student = student_of(ReadTwice(), images, weight_bits=bits, activation_bits=bits, placement="deploy")
+    delivery = deliver(student, teacher, images, tmp_path / "model.onnx", runtimes=["onnxruntime"], threads=1)
+    assert delivery.verifications[0].agreement == 100

@@ -126,12 +126,22 @@ def _unsupported(error: BaseException, teacher: Teacher) -> str:
 
 
 def _share_nothing(model: ir.Model) -> None:
-    """Give each weight codes and zero points of its own.
+    """Give each layer a weight, codes and zero points of its own, where equal ones were made one.
 
-    ONNX Runtime fails to make codes unsigned where two weights share zero points (`EXACT_PRODUCTS`).
+    ONNX Runtime fails to make codes unsigned where two layers share zero points (`EXACT_PRODUCTS`).
     """
     import onnx_ir as ir
 
+    for node in list(model.graph):
+        stored = (
+            node.op_type == "DequantizeLinear" and getattr(node.inputs[0], "name", None) in model.graph.initializers
+        )
+        for count, (reader, place) in enumerate(list(node.outputs[0].uses())[1:] if stored else (), 2):
+            again = ir.Node("", node.op_type, node.inputs, list(node.attributes.values()), name=f"{node.name}_{count}")
+            value, known = again.outputs[0], node.outputs[0]
+            value.name, value.type, value.shape = f"{known.name}_{count}", known.type, known.shape
+            model.graph.insert_before(reader, again)
+            reader.replace_input_with(place, value)
     taken = set()
     for node in model.graph:
         if node.op_type == "DequantizeLinear" and len(node.inputs) > 2:
