@@ -26,6 +26,11 @@ Draw = Callable[[Tensor, str], Tensor]
 """`draw(labels, purpose)`: images (N, C, H, W) of these classes, without gradient; `purpose` names the randomness."""
 
 
+def even_batches(labels: Tensor) -> tuple[Tensor, ...]:
+    """Labels (N,) in batches of nearly equal size: a generator's norms see what an image is beside."""
+    return labels.tensor_split(-(-len(labels) // SAMPLE_BATCH))
+
+
 class Guide(Protocol):
     """What a method adds to the common frame: further loss terms, and whatever it remembers for them."""
 
@@ -61,8 +66,8 @@ class GeneratorSource:
         checkpoint = journal.checkpoint("generator")
         if state := checkpoint.load():
             self.load_state_dict(state)
-        if state and self.step >= self.settings.warmup:
-            return
+            if self.step >= self.settings.warmup:
+                return
         with journal.stage("generator", self.settings.warmup, start=self.step) as advance:
             while self.step < self.settings.warmup:
                 _, terms = self._update(self.settings.batch_size)
@@ -71,15 +76,11 @@ class GeneratorSource:
         checkpoint.save(self.state_dict())
 
     def sample(self, count: int) -> Batch:
-        """`count` images of the generator as it is now; classes take turns in a random order.
-
-        Batches are of nearly equal size, as the generator's norms see what an image is beside.
-        """
+        """`count` images of the generator as it is now; classes take turns in a random order."""
         randomness = stream(self.seed, "generator", "sample")
         labels = torch.randperm(self.teacher.classes, generator=randomness)[torch.arange(count) % self.teacher.classes]
         labels = labels[torch.randperm(count, generator=randomness)]
-        chunks = labels.tensor_split(-(-count // SAMPLE_BATCH))
-        images = [self._draw(chunk, f"sample {index}") for index, chunk in enumerate(chunks)]
+        images = [self._draw(batch, f"sample {index}") for index, batch in enumerate(even_batches(labels))]
         return Batch(torch.cat(images).cpu(), labels)
 
     def batches(self, batch_size: int, student: Callable[[Tensor], Tensor] | None = None) -> Iterator[Batch]:

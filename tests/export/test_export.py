@@ -20,6 +20,15 @@ from mirageq.quant import convert
 from mirageq.testing import SHAPE, TinyResNet
 
 
+@torch.no_grad()
+def draw_weights(network, seed):
+    """Fixed random weights, each layer's by its fan-in; returns the generator, to draw more from."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in network.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) / max(parameter[0].numel(), 1) ** 0.5)
+    return generator
+
+
 class Everything(nn.Module):
     """Depthwise convolution, ReLU6, concatenation, squeeze-and-excite, hard swish, pooling: one of each."""
 
@@ -29,11 +38,7 @@ class Everything(nn.Module):
         self.deep, self.bn1 = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False), nn.BatchNorm2d(8)
         self.narrow, self.widen = nn.Conv2d(16, 4, 1), nn.Conv2d(4, 16, 1)
         self.bn2, self.last = nn.BatchNorm2d(16), nn.Linear(16, 7)
-        generator = torch.Generator().manual_seed(3)
-        with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / max(parameter[0].numel(), 1) ** 0.5)
-        self.eval()
+        draw_weights(self.eval(), seed=3)
 
     def forward(self, x):
         x = F.relu6(self.bn0(self.stem(x)))
@@ -367,14 +372,11 @@ class Preactivated(nn.Module):
         self.stem, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 5)
         self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(3))
         self.layers = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
-        generator = torch.Generator().manual_seed(0)
+        generator = draw_weights(self.eval(), seed=0)
         with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / max(parameter[0].numel(), 1) ** 0.5)
             for norm in self.norms:
                 norm.weight.abs_()
                 norm.running_var.uniform_(0.5, 2, generator=generator)
-        self.eval()
 
     def forward(self, x):
         x = self.stem(x)
@@ -396,11 +398,7 @@ class ReadTwice(nn.Module):
     def __init__(self):
         super().__init__()
         self.layer, self.last = nn.Conv2d(3, 3, 3, padding=1), nn.Linear(3, 5)
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / max(parameter[0].numel(), 1) ** 0.5)
-        self.eval()
+        draw_weights(self.eval(), seed=0)
 
     def forward(self, x):
         return self.last(F.relu(self.layer(F.relu(self.layer(x)))).mean((2, 3)))

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from mirageq.errors import UserError, check_not_negative
 from mirageq.generator import GeneratorTraining
-from mirageq.generator_source import SAMPLE_BATCH, Draw, GeneratorSource
+from mirageq.generator_source import Draw, GeneratorSource, even_batches
 from mirageq.graph import batch_norms, weighted
 from mirageq.images import ImageSource
 from mirageq.journal import Journal
@@ -117,8 +117,7 @@ class Centroids:
         since = step - settings.warmup
         first = since >= 0 and not self.tables
         if first or (since > 0 and since % settings.centroid_every == 0 and settings.centroid_rate):
-            classes = torch.arange(self.teacher.classes)
-            for index, labels in enumerate(classes.tensor_split(-(-len(classes) // SAMPLE_BATCH))):  # none alone
+            for index, labels in enumerate(even_batches(torch.arange(self.teacher.classes))):
                 labels = labels.to(self.teacher.device)
                 self._move(labels, self.teacher.observe(draw(labels, f"centroids {step} {index}")), first=first)
 
