@@ -608,7 +608,7 @@ def test_a_run_goes_on_where_it_began_and_its_command_can_be_pasted(tmp_path, ca
     assert f"mirageq quantize --resume '{out}'" in capsys.readouterr().err
     monkeypatch.undo()
     asked = []
-    monkeypatch.setattr(cli, "_device", lambda options: asked.append(options.device) or "cpu")
+    monkeypatch.setattr("mirageq.cli.making.device_name", lambda options: asked.append(options.device) or "cpu")
     assert cli.main(["quantize", "--resume", str(out)]) == 0
     assert asked == ["cpu"]  # and not a GPU that is there by now
     assert "[bold]run" in "".join(capsys.readouterr().out.split())

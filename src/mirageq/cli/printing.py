@@ -12,14 +12,16 @@ from mirageq.compare import Comparison, joined
 from mirageq.run import Run
 from mirageq.tables import page
 
+console = Console()
+
 SHOWN = 1000  # images looked through for the contact sheet
 
 
-def show_run(run: Run, console: Console) -> None:
+def show_run(run: Run) -> None:
     """Print a run's summary; draw its contact sheet and its loss curves."""
     from mirageq.report import contact_sheet, loss_curves
 
-    summarise(run, console)
+    summarise(run)
     sheet, curves = run.folder / "images.png", run.folder / "curves.png"
     loss_curves(run.folder, curves)
     print(f"wrote {curves}")
@@ -27,7 +29,7 @@ def show_run(run: Run, console: Console) -> None:
     print(f"wrote {sheet}")
 
 
-def summarise(run: Run, console: Console) -> None:
+def summarise(run: Run) -> None:
     """Print what a run is, and what it cost if it is finished."""
     record = run.record
     grid = Grid(box=None, show_header=False, pad_edge=False)
