@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from mirageq import IntraQ, Teacher, UserError, ZeroQ
+from mirageq.canvas import Canvas
 from mirageq.images import GrowingSet
 from mirageq.journal import Journal
 from mirageq.methods.genie import Genie
 from mirageq.methods.real import Real
-from mirageq.paint import Canvas, Descent, Parameters, cosine, descend, paint
+from mirageq.paint import Descent, Parameters, cosine, descend, paint
 from mirageq.testing import SHAPE, TinyResNet
 
 TARGET = torch.linspace(-1, 1, 3 * 4 * 4).view(1, 3, 4, 4)

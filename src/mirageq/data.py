@@ -244,9 +244,8 @@ def _scale(image: np.ndarray, short_side: int) -> np.ndarray:
     factor = short_side / min(height, width)
     pillow = _pillow()
     size = (round(width * factor), round(height * factor))
-    bands = [image] if image.shape[2] == 3 else [np.ascontiguousarray(band) for band in np.moveaxis(image, 2, 0)]
-    scaled = [np.asarray(pillow.fromarray(band).resize(size, pillow.Resampling.BICUBIC)) for band in bands]
-    return scaled[0] if image.shape[2] == 3 else np.stack(scaled, 2)
+    bands = [pillow.fromarray(np.ascontiguousarray(band)) for band in np.moveaxis(image, 2, 0)]
+    return np.stack([np.asarray(band.resize(size, pillow.Resampling.BICUBIC)) for band in bands], 2)
 
 
 def _pillow():

@@ -64,7 +64,7 @@ def alone(path: Path) -> Iterator[None]:
 def write_text(path: Path, text: str) -> None:
     """Write a file, wholly or not at all."""
     with replacing(path) as written:
-        written.write_text(text)
+        written.write_text(text, "utf-8")
 
 
 def file_name(label: str) -> str:

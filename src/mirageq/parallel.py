@@ -117,7 +117,7 @@ def _work(setting: Setting, task: Task, threads: int) -> None:
     keep_freed_memory()
     compute_in_float32()
     torch.set_num_threads(threads)
-    with _paper(setting, task, "log").open("w") as log, redirect_stdout(log), redirect_stderr(log):
+    with _paper(setting, task, "log").open("w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
         try:
             result = _result(setting, task, Console(file=log))
         except UserError as error:

@@ -69,7 +69,7 @@ def read(name: str, above: tuple[str, ...] = ()) -> Table:
             f"There is no recipe '{name}': neither a file nor a shipped recipe; {did_you_mean(name, known)}."
         )
     try:
-        table = tomllib.loads(path.read_text())
+        table = tomllib.loads(path.read_text("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a TOML file: {error}.") from error
     base = table.pop("base", None)

@@ -95,7 +95,7 @@ def setting_lines(kind: type) -> Iterator[str]:
 def opening(recipe: Path) -> str:
     """The comment that a recipe file begins with."""
     lines = []
-    for line in recipe.read_text().splitlines():
+    for line in recipe.read_text("utf-8").splitlines():
         if not line.startswith("#"):
             break
         lines.append(line.lstrip("# ").rstrip())

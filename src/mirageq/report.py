@@ -100,7 +100,7 @@ def write_comparison(protocol: Protocol, rows: list[Row], folder: Path, features
     written = []
     if rows:
         written = [folder / name for name in ("table.md", "table.json", "accuracy.png")]
-        written[0].write_text(page(protocol, rows))
+        written[0].write_text(page(protocol, rows), "utf-8")
         written[1].write_text(json.dumps(summary(rows), indent=2) + "\n")
         accuracy_plot(rows, written[2])
     shown = _most_frequent_classes(features, DRAWN_CLASSES)

@@ -22,12 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mirageq.augment import shifted
+from mirageq.canvas import Canvas, Observe
 from mirageq.errors import UserError, check_not_negative
 from mirageq.images import ImageSource
 from mirageq.journal import Journal
 from mirageq.losses import deviation_alignment
 from mirageq.observe import Glance, Observation
-from mirageq.paint import Canvas, Descent, Observe
+from mirageq.paint import Descent
 from mirageq.teacher import Teacher
 
 Sums = dict[str, tuple[Tensor, Tensor]]

@@ -20,12 +20,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from mirageq.canvas import Canvas, Observe
 from mirageq.errors import UserError, check_positive
 from mirageq.generator import Generator, GeneratorTraining
 from mirageq.images import ImageSource
 from mirageq.journal import Journal
 from mirageq.losses import bn_deviation_alignment
-from mirageq.paint import Canvas, Descent, Observe, Parameters
+from mirageq.paint import Descent, Parameters
 from mirageq.teacher import Teacher
 
 

@@ -35,11 +35,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mirageq.augment import random_resized_crop
+from mirageq.canvas import Canvas, Observe
 from mirageq.errors import check_crop_scale, check_fraction, check_not_negative
 from mirageq.images import ImageSource
 from mirageq.journal import Journal
 from mirageq.losses import bn_alignment, check_margins, marginal_distance
-from mirageq.paint import Canvas, Descent, Observe
+from mirageq.paint import Descent
 from mirageq.teacher import Teacher
 
 

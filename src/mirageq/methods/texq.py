@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mirageq.canvas import Canvas
 from mirageq.errors import UserError, check_not_negative, check_positive
 from mirageq.generator import GeneratorTraining
 from mirageq.generator_source import Draw, GeneratorSource
@@ -37,7 +38,7 @@ from mirageq.images import ImageSource
 from mirageq.journal import Journal
 from mirageq.losses import check_margins, marginal_distance
 from mirageq.observe import Observation
-from mirageq.paint import Canvas, Descent
+from mirageq.paint import Descent
 from mirageq.seeding import stream
 from mirageq.teacher import BatchNormStatistics, Teacher
 

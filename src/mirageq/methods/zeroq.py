@@ -24,12 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mirageq.canvas import Canvas, Observe
 from mirageq.errors import check_not_negative
 from mirageq.images import ImageSource
 from mirageq.journal import Journal
 from mirageq.losses import bn_deviation_alignment, deviation_alignment
 from mirageq.moments import channel_statistics
-from mirageq.paint import Canvas, Descent, Observe
+from mirageq.paint import Descent
 from mirageq.teacher import Teacher
 
 
