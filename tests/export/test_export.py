@@ -364,6 +364,25 @@ def test_what_the_network_computes_stays_in_the_file(what, symmetric, images, tm
             assert np.abs(run(images.numpy()) - student(images).numpy()).max() < 0.1 * float(student(images).std())
 
 
+@pytest.mark.parametrize(
+    ("bits", "profile"), [(4, "ort"), (8, "ort"), (4, "openvino"), (8, "openvino"), (8, "tensorrt")]
+)
+def test_steps_that_learned_to_reach_beyond_a_relu6_leave_its_layers_integers(bits, profile, images, tmp_path):
+    symmetric = profile == "tensorrt"
+    scheme = {"placement": "deploy", "activation_bits": bits, "activation_symmetric": symmetric}
+    teacher, student = student_of(Everything(), images, **scheme)
+    with torch.no_grad():
+        for quantizer in student.activation_quantizers.values():
+            quantizer.scale.mul_(1.3)
+    delivery = deliver(student, teacher, images, tmp_path / "model.onnx", profile=profile, runtimes=[], threads=1)
+    assert all(proof.exact == 100 for proof in delivery.verifications)
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    convolutions = [node.output[0] for node in graph.node if node.op_type == "Conv"]
+    behind = [{node.op_type for node in graph.node if output in node.input} for output in convolutions]
+    clamps = [{"Clip"}, {"Clip"}, {"Relu"}] if symmetric else []  # TensorRT fuses them, and has no integer Clip
+    assert [read for read in behind if read != {"QuantizeLinear"}] == clamps
+
+
 class Preactivated(nn.Module):
     """Norms behind sums, which no layer takes up; of positive scales, so that their codes are all the same."""
 

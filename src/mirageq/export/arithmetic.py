@@ -60,8 +60,9 @@ def in_kernel_arithmetic(student: Student, runtime: str) -> nn.Module:
         if isinstance(quantizer, Requantization):
             network.set_submodule(node.target, kernels.requantization(quantizer.quantizer))
         elif isinstance(quantizer, ActivationQuantizer):
-            source = rounded_by(node, quantizer)
+            source, *bounds = rounded_by(node, quantizer)
             if (rounding := _rounding(network, node, source, quantizer, kernels)) is not None:
+                rounding.low, rounding.high = bounds
                 network.add_submodule(f"{node.target}_rounding", rounding)
                 node.target = f"{node.target}_rounding"
                 node.args = (source,) if source.target in WEIGHTED else source.args[:2]

@@ -1,13 +1,13 @@
 """A student's graph with its quantizers replaced by the ONNX operations that compute the same integers.
 
     weight      DequantizeLinear(integer initialiser, scale, zero point), per output channel
-    activation  QuantizeLinear -> Clip (below 8 bits) -> DequantizeLinear, per tensor
+    activation  QuantizeLinear -> Clip (if codes end inside the container) -> DequantizeLinear, per tensor
     bias        DequantizeLinear(int32 initialiser, s_x * s_w)
 
-A code of k < 8 bits lies in an 8-bit container; the clip keeps it in its k bits. ONNX Runtime, OpenVINO and TensorRT
-each fuse such pairs around an operation into its integer kernel. Where OpenVINO fuses a convolution with the sum behind
-it, the convolution's own codes are clipped but no longer rounded; for it they are written as Div, Round, Clip and Mul,
-which it keeps, behind the same integer kernel.
+A code of k < 8 bits lies in an 8-bit container; the clip keeps it in its k bits, and does what a ReLU6 in front did.
+ONNX Runtime, OpenVINO and TensorRT each fuse such pairs around an operation into its integer kernel. Where OpenVINO
+fuses a convolution with the sum behind it, the convolution's own codes are clipped but no longer rounded; for it they
+are written as Div, Round, Clip and Mul, which it keeps, behind the same integer kernel.
 """
 
 # fx types an argument of a node as a union of everything:
@@ -40,6 +40,8 @@ class Profile:
         runtime: that must agree with the student; None where only its own hardware runs it.
         symmetric: activations must be signed with zero point 0.
         fewest_bits: of an activation.
+        clips: codes are cut off behind QuantizeLinear; otherwise a clamp whose limits are not the container's stays in
+            float in front of it.
         integer_bias: biases as int32 in steps of the accumulator; otherwise their rounded values in float.
         rounds_before_sums: a layer's output that a sum reads is rounded in float operations, because the runtime would
             leave it unrounded.
@@ -49,6 +51,7 @@ class Profile:
     runtime: str | None
     symmetric: bool = False
     fewest_bits: int = 2
+    clips: bool = True
     integer_bias: bool = True
     rounds_before_sums: bool = False
 
@@ -56,7 +59,7 @@ class Profile:
 PROFILES = {
     "ort": Profile("ort", "onnxruntime"),
     "openvino": Profile("openvino", "openvino", rounds_before_sums=True),
-    "tensorrt": Profile("tensorrt", None, symmetric=True, fewest_bits=8, integer_bias=False),
+    "tensorrt": Profile("tensorrt", None, symmetric=True, fewest_bits=8, clips=False, integer_bias=False),
 }
 
 
@@ -83,9 +86,10 @@ def integer_network(student: Student, profile: Profile) -> GraphModule:
                 if reader.args[1] == 0:
                     _replace(network, reader, integer, f"weight_{node.name}")
         elif isinstance(part, ActivationQuantizer):
-            node.update_arg(0, rounded_by(node, part))
-            in_float = profile.rounds_before_sums and feeds_sum(node.args[0], node)
-            network.set_submodule(node.target, (_RoundedActivation if in_float else _IntegerActivation)(part))
+            source, *bounds = rounded_by(node, part, profile.clips)
+            node.update_arg(0, source)
+            in_float = profile.rounds_before_sums and feeds_sum(source, node)
+            network.set_submodule(node.target, (_RoundedActivation if in_float else _IntegerActivation)(part, *bounds))
     graph.eliminate_dead_code()
     graph.lint()
     return GraphModule(network, graph).eval()
@@ -116,29 +120,27 @@ def _check(student: Student, profile: Profile) -> None:
             )
 
 
-def rounded_by(node: Node, quantizer: ActivationQuantizer) -> Node:
-    """What a quantizer at `node` rounds: its input, or what is before a ReLU or ReLU6 that its grid makes needless.
+def rounded_by(node: Node, quantizer: ActivationQuantizer, clips: bool = True) -> tuple[Node, int, int]:
+    """What a quantizer at `node` rounds, and the smallest and the largest code that it gives.
 
-    Where the grid ends where the clamp cuts, the saturation does the same. At 8 bits runtimes find that out themselves;
-    below, their view ends at the 8-bit container, and a clamp between a convolution and its quantizer would keep the
-    convolution in float.
+    A clamp that it alone reads is left out: rounding keeps the order, so codes cut off where the clamp's limits are
+    rounded to are the same, and a clamp between a convolution and its quantizer would keep the convolution in float.
+    Without `clips` this is done only where the grid ends there anyway.
     """
-    clamp = node.args[0]
-    skipped = kind(clamp) in CLAMPS and len(clamp.users) == 1 and saturates(clamp, quantizer)
-    return clamp.args[0] if skipped else clamp
+    clamp, ends = node.args[0], grid(quantizer.bits, quantizer.symmetric)
+    if kind(clamp) not in CLAMPS or len(clamp.users) > 1:
+        return clamp, *ends
+    cut = torch.tensor(limits(clamp), device=quantizer.scale.device)  # type: ignore[union-attr]
+    codes = torch.round(cut / quantizer.scale.detach()) + quantizer.zero_point  # type: ignore[operator]
+    if codes.isnan().any():
+        return clamp, *ends
+    low, high = codes.clamp(*ends).int().tolist()
+    return (clamp.args[0], low, high) if clips or (low, high) == ends else (clamp, *ends)
 
 
 def feeds_sum(source: Node, quantizer: Node) -> bool:
     """Whether what lies between a layer and its only reader, a sum, is this quantizer; `source` is what it rounds."""
     return source.target in WEIGHTED and [kind(reader) for reader in quantizer.users] == ["add"]
-
-
-def saturates(clamp: Node, quantizer: ActivationQuantizer) -> bool:
-    """Whether a quantizer's grid ends where a clamp before it cuts, or earlier."""
-    scale, zero_point = float(quantizer.scale), float(quantizer.zero_point)  # type: ignore[arg-type]
-    lowest, highest = grid(quantizer.bits, quantizer.symmetric)
-    low, high = (value / scale + zero_point for value in limits(clamp))
-    return low <= lowest + 0.5 and high >= highest - 0.5
 
 
 def _replace(network: GraphModule, node: Node, part: nn.Module, name: str) -> None:
@@ -161,9 +163,9 @@ def _symbolic(
 
 
 class _RoundedActivation(nn.Module):
-    def __init__(self, quantizer: ActivationQuantizer) -> None:
+    def __init__(self, quantizer: ActivationQuantizer, low: int, high: int) -> None:
         super().__init__()
-        self.low, self.high = grid(quantizer.bits, quantizer.symmetric)
+        self.low, self.high = low, high
         self.scale, self.zero_point = float(quantizer.scale), float(quantizer.zero_point)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -172,11 +174,10 @@ class _RoundedActivation(nn.Module):
 
 
 class _IntegerActivation(nn.Module):
-    def __init__(self, quantizer: ActivationQuantizer) -> None:
+    def __init__(self, quantizer: ActivationQuantizer, low: int, high: int) -> None:
         super().__init__()
-        low, high = grid(quantizer.bits, quantizer.symmetric)
         self.container = torch.int8 if quantizer.symmetric else torch.uint8
-        self.clip = quantizer.bits < 8
+        self.clip = (low, high) != grid(8, quantizer.symmetric)
         self.register_buffer("scale", quantizer.scale.detach().clone())  # type: ignore[operator]
         for name, value in (("zero_point", int(quantizer.zero_point)), ("low", low), ("high", high)):
             self.register_buffer(name, torch.tensor(value, dtype=self.container))
