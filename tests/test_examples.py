@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import re
 import sys
 from pathlib import Path
 
@@ -34,17 +35,21 @@ def test_own_method(check, own_method, tmp_path):
     check(own_method.SmoothNoise(), tmp_path)
 
 
-def test_the_demo_compares_four_models_and_writes_a_run(tmp_path):
+def test_the_demo_compares_five_models_and_writes_a_run_and_a_proved_file(tmp_path):
     demo, screen = example("demo"), io.StringIO()
-    quick = ["images=16", "calibration_images=16", "method.iterations=3", "tuner.steps=3"]
+    quick = ["images=16", "calibration_images=16", "method.iterations=3", "method.image_size=null", "tuner.steps=3"]
     wanted = recipe.build(recipe.assign(recipe.read("demo"), quick))
-    choice = NetworkChoice(name="py:mirageq.testing:TinyResNet", image_shape=SHAPE)
+    grey = (0.5, 0.5, 0.5)
+    choice = NetworkChoice(name="py:mirageq.testing:TinyResNet", image_shape=SHAPE, mean=grey, std=grey)
     shares = demo.compare(choice, wanted, tmp_path / "demo", Console(file=screen, width=120))
-    assert set(shares) == {"no images, SQuant", "IntraQ, tuned", "IntraQ, not tuned", "noise, tuned"}
+    painted = {"painted images, tuned", "painted images, not tuned"}
+    assert set(shares) == painted | {"noise, tuned", "no images", "8 bits, no images"}
     assert all(0 <= share <= 100 for share in shares.values())
     for name, share in shares.items():
-        assert f"{share:.1f} %" in next(line for line in screen.getvalue().splitlines() if name in line)
-    assert {"run.json", "images.png"} <= {path.name for path in (tmp_path / "demo").iterdir()}
+        line = next(line for line in screen.getvalue().splitlines() if re.search(rf"[│|] {name} ", line))
+        assert f"{share:.1f} %" in line
+    assert "same class" in screen.getvalue()
+    assert {"run.json", "images.png", "model.onnx"} <= {path.name for path in (tmp_path / "demo").iterdir()}
     (nothing := tmp_path / "nothing").mkdir()
     loss_curves(nothing, nothing / "curves.png")
     assert (tmp_path / "demo" / "curves.png").read_bytes() != (nothing / "curves.png").read_bytes()

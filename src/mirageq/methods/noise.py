@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mirageq.errors import check_image_size
 from mirageq.images import GrowingSet, ImageSource
 from mirageq.journal import Journal
 from mirageq.seeding import stream
@@ -23,14 +24,24 @@ CHUNK = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Noise:
-    """Gaussian noise as images; has no settings."""
+    """Gaussian noise as images.
+
+    Attributes:
+        image_size: height and width of the images, in pixels; None takes the network's own.
+    """
+
+    image_size: int | None = None
+
+    def __post_init__(self) -> None:
+        check_image_size(self.image_size)
 
     def synthesize(self, teacher: Teacher, count: int, *, seed: int = 0, journal: Journal | None = None) -> ImageSource:
         """Draw `count` images."""
         path = journal.folder / "synthetic.safetensors" if journal and journal.folder else None
-        drawn = GrowingSet(count, teacher.image_shape, path)
+        shape = teacher.shape_at(self.image_size)
+        drawn = GrowingSet(count, shape, path)
         for start in range(drawn.finished, count, CHUNK):
             size = min(CHUNK, count - start)
-            images = torch.randn(size, *teacher.image_shape, generator=stream(seed, "noise", start))
+            images = torch.randn(size, *shape, generator=stream(seed, "noise", start))
             drawn.write(start, images, teacher.pseudo_labels(images.to(teacher.device)))
         return drawn.finish(seed)
