@@ -49,10 +49,11 @@ def test_generators_and_reconstruction_have_curves_of_their_own(tmp_path, monkey
         for step in (0, 1)
     ]
     (tmp_path / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    titles = []
-    monkeypatch.setattr(report, "_draw", lambda axis, title, stages: titles.append(title))
+    told, drawn = [], report._draw
+    monkeypatch.setattr(report, "_draw", lambda axis, *what: told.append((drawn(axis, *what), axis)[1]))
     loss_curves(tmp_path, tmp_path / "curves.png")
-    assert titles == ["the generator's warm-up", "reconstruction, block by block", "tuning"]
+    assert [axis.get_xlabel() for axis in told] == ["step", "block", "step"]
+    assert [axis.get_title() for axis in told] == ["the generator's warm-up", "reconstruction", "tuning"]
 
 
 @pytest.mark.parametrize(("images", "drawn"), [(3, False), (30, True)])

@@ -17,11 +17,12 @@ from mirageq.tables import Row, mean_and_spread, page, source_of, summary
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 Curves = dict[str, dict[str, list[tuple[int, float]]]]
 
 DRAWN_CLASSES = 10
-STAGES = {"generator": "the generator's warm-up", "reconstruct": "reconstruction, block by block", "tune": "tuning"}
+STAGES = {"generator": "the generator's warm-up", "reconstruct": "reconstruction", "tune": "tuning"}
 COLUMNS = 3  # of panels
 FEWEST_POINTS = 10  # for a picture of features
 
@@ -176,15 +177,19 @@ def _most_frequent_classes(features: dict[str, Batch], classes: int) -> dict[str
 
 
 def _draw(axis: plt.Axes, title: str, stages: dict[str, dict[str, list[tuple[int, float]]]]) -> None:
-    names = sorted({name for terms in stages.values() for name in terms if name != "lr"})
+    blocks = "reconstruct" in stages
+    names = sorted({name for terms in stages.values() for name in terms if name != "lr"}, reverse=blocks)
+    style = {"ls": "", "marker": "o"} if blocks else {"lw": 1}
     for color, name in enumerate(names):
         label: str | None = name
         for terms in stages.values():
             points = [(step, value if value > 0 else math.nan) for step, value in terms.get(name, [])]
             if any(value > 0 for _, value in points):
-                axis.plot(*zip(*points, strict=True), color=f"C{color}", lw=1, alpha=0.8, label=label)
+                axis.plot(*zip(*points, strict=True), color=f"C{color}", alpha=0.8, label=label, **style)
                 label = None  # one entry in the legend for all lines of a term
-    axis.set(title=title, xlabel="step", ylabel="weighted loss term", yscale="log")
+    along, up = ("block", "mean squared error of its output") if blocks else ("step", "weighted loss term")
+    axis.set(title=title, xlabel=along, ylabel=up, yscale="log")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(alpha=0.3)
     if axis.get_legend_handles_labels()[0]:
         axis.legend()
