@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 
 from mirageq.errors import UserError
 from mirageq.folders import replacing, write_text
@@ -134,16 +135,17 @@ class Journal:
             write_text(self._file, "".join(json.dumps(row) + "\n" for row in self.history))
 
     def _progress(self) -> Progress:
+        whole, rest = Column(no_wrap=True), Column(no_wrap=True, overflow="ellipsis", ratio=1)
         columns = (
             TextColumn("{task.description:<12}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
+            BarColumn(bar_width=16, table_column=whole),
+            MofNCompleteColumn(table_column=whole),
+            TimeElapsedColumn(table_column=whole),
             TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(table_column=whole),
+            TextColumn("{task.fields[note]}", table_column=rest),
         )
-        return Progress(*columns, console=self.console, disable=self.console is None)
+        return Progress(*columns, console=self.console, disable=self.console is None, expand=True)
 
 
 class Checkpoint:
