@@ -39,9 +39,8 @@ class Profile:
         name: of the profile.
         runtime: that must agree with the student; None where only its own hardware runs it.
         symmetric: activations must be signed with zero point 0.
-        fewest_bits: of an activation.
-        clips: codes are cut off behind QuantizeLinear; otherwise a clamp whose limits are not the container's stays in
-            float in front of it.
+        clips: codes are cut off behind QuantizeLinear; otherwise they fill their container, and a clamp whose limits
+            are not the container's stays in float in front of it.
         integer_bias: biases as int32 in steps of the accumulator; otherwise their rounded values in float.
         rounds_before_sums: a layer's output that a sum reads is rounded in float operations, because the runtime would
             leave it unrounded.
@@ -50,16 +49,20 @@ class Profile:
     name: str
     runtime: str | None
     symmetric: bool = False
-    fewest_bits: int = 2
     clips: bool = True
     integer_bias: bool = True
     rounds_before_sums: bool = False
+
+    @property
+    def fewest_bits(self) -> int:
+        """Of an activation."""
+        return 2 if self.clips else 8
 
 
 PROFILES = {
     "ort": Profile("ort", "onnxruntime"),
     "openvino": Profile("openvino", "openvino", rounds_before_sums=True),
-    "tensorrt": Profile("tensorrt", None, symmetric=True, fewest_bits=8, clips=False, integer_bias=False),
+    "tensorrt": Profile("tensorrt", None, symmetric=True, clips=False, integer_bias=False),
 }
 
 
