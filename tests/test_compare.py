@@ -10,13 +10,17 @@ import pytest
 
 from mirageq import cli, compare
 from mirageq.compare import Comparison
+from mirageq.data import open_images
 from mirageq.errors import UserError
 from mirageq.folders import alone
+from mirageq.images import hash_tensors
 from mirageq.methods.noise import Noise
 from mirageq.methods.zeroq import ZeroQ
+from mirageq.models import NetworkChoice, load_teacher
 from mirageq.observe import Observer
 from mirageq.plan import Plan
 from mirageq.recipe import SECTIONS
+from mirageq.storage import load_student
 from mirageq.testing import SHAPE
 
 TINY = ["py:mirageq.testing:TinyResNet", "--image-shape", ",".join(map(str, SHAPE)), "--device", "cpu"]
@@ -87,7 +91,7 @@ def test_images_serve_every_bit_width_and_cells_repeat_to_the_same_figures(place
     assert run(place, "--seeds", "0") == 0
     assert run(place, "--seeds", "0", out="again") == 0
     first, again = rows(place), rows(place, "again")
-    for name in ("divergence", "images"):
+    for name in ("divergence", "images", "student_sha256"):
         assert [row[name] for row in first] == [row[name] for row in again]
     painted = {row["images"]["sha256"] for row in first if row["method"] == "zeroq, short" and row["seed"] == 0}
     assert len(painted) == 1
@@ -428,6 +432,18 @@ def test_variants_of_a_methods_own_settings_are_refused_at_once(place, capsys):
     assert run(place, "--only", "zeroq", "seed0") == 2
     assert "would share their images, and their settings of the method differ" in capsys.readouterr().err
     assert not (place / "out").exists()
+
+
+def test_students_of_finished_cells_are_kept(place):
+    assert run(place, "--methods", "noise", "--bits", "w4a4", "--seeds", "0") == 0
+    (file,) = (place / "out" / "work" / "cells").rglob("student.safetensors")
+    teacher = load_teacher(NetworkChoice(name=TINY[0], image_shape=SHAPE, mean=(0.5,) * 3, std=(0.25,) * 3))
+    student = load_student(file, teacher)
+    data = open_images(place / "test.npz", SHAPE)
+    (row,) = rows(place)
+    measured = compare.accuracy(student, data, teacher.mean, teacher.std, teacher=teacher)
+    assert (measured.top1, measured.divergence) == (row["top1"], row["divergence"])
+    assert hash_tensors(student.state_dict()) == row["student_sha256"]
 
 
 def test_tuning_that_is_finished_is_not_done_again(place, monkeypatch):

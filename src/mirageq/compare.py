@@ -1,7 +1,8 @@
 """Methods side by side: a matrix of methods x bits x seeds on one network under one protocol, cell by cell.
 
 A comparison is a folder: `protocol.json`, one line of `cells.jsonl` for each finished cell, and what is read off them
-(`table.md`, `table.json`, `accuracy.png`, `features.png`). Unfinished work lies beside it and is continued.
+(`table.md`, `table.json`, `accuracy.png`, `features.png`). Images, students and unfinished work lie beside
+it; what is unfinished is continued.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from mirageq.pipeline import teach, untuned
 from mirageq.plan import Cell, Plan
 from mirageq.protocol import Protocol, first_difference
 from mirageq.recipe import Recipe, Table
-from mirageq.run import machine, peak_memory, versions
+from mirageq.run import STUDENT, machine, peak_memory, versions
+from mirageq.storage import save_student
 from mirageq.teacher import Teacher
 from mirageq.tuning.contract import forget
 
@@ -45,7 +47,7 @@ class Comparison:
     Args:
         folder: where figures are written.
         protocol: what they share.
-        work: where images and unfinished cells are kept; `folder`/work by default.
+        work: where images, students and unfinished cells are kept; `folder`/work by default.
     """
 
     def __init__(self, folder: Path, protocol: Protocol, work: Path | None = None) -> None:
@@ -170,7 +172,7 @@ class Comparison:
         return source, painting
 
     def compute(self, wanted: Recipe, cell: Cell, teacher: Teacher, data: LabelledImages, console: Console) -> Row:
-        """Make, calibrate, tune and measure the student of a cell; what is finished of its images is read."""
+        """Make, calibrate, tune, measure and keep the student of a cell; what is finished of its images is read."""
         student = untuned(teacher, wanted.method, wanted.scheme, wanted.tuner, wanted.images)
         source, painting = self.synthesize(wanted, cell, teacher, console)
         fingerprint = sha256(repr((self.protocol.weights_sha256, recipes.describe(wanted))).encode()).hexdigest()
@@ -188,6 +190,7 @@ class Comparison:
         )
         measured = accuracy(student, data, teacher.mean, teacher.std, teacher=teacher, device=str(teacher.device))
         looked_at = self._look_at(source, wanted.images, teacher, self.images_folder(wanted, cell))
+        kept = save_student(student, teacher, workplace / STUDENT)
         forget(learning)
         return {
             "label": cell.label,
@@ -206,6 +209,7 @@ class Comparison:
             "seconds": {name: round(value, 1) for name, value in (painting.seconds | learning.seconds).items()},
             "peak_memory_bytes": peak_memory(),
             "bytes": student.size().total_bytes,
+            "student_sha256": hash_tensors(kept),
             "machine": machine(teacher.device),
             "versions": versions(),
         }

@@ -118,7 +118,9 @@ def _compare(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seeds", type=_numbers(int), metavar="0,1,...")
     command.add_argument("--recipe", help="what the methods share: images, scheme and tuner")
     command.add_argument("--out", type=Path, help="folder of the comparison; finished cells in it are kept")
-    command.add_argument("--work", type=Path, help="where images and unfinished cells are kept (default: OUT/work)")
+    command.add_argument(
+        "--work", type=Path, help="where images, students and unfinished cells are kept (default: OUT/work)"
+    )
     command.add_argument("--only", nargs="*", default=[], metavar="TEXT", help="cells whose label has all of these")
     command.add_argument("--jobs", type=_at_least(1), default=1, help="cells computed at a time, each in a process")
 
