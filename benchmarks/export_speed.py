@@ -3,7 +3,8 @@
 Each network, at W8A8 and W4A4 (first and last layer at 8 bits), is calibrated on 64 real or random images, exported,
 and compared on 500 images with its student, and in turns with its full-precision file for latency at batch 1. Networks
 without measured weights (`timm:resnet18`) are random: their latency is real, their agreement harder than a trained
-network's. Rows go to benchmarks/results/exports.jsonl.
+network's. Tuned students, which comparisons and runs keep, are exported instead by `--students FILE ...`. Rows go to
+benchmarks/results/exports.jsonl.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from mirageq.export import deliver
 from mirageq.export.emit import PROFILES
 from mirageq.methods.real import Real
 from mirageq.models import NetworkChoice, load_teacher
-from mirageq.quant import convert
+from mirageq.quant import Student, convert
+from mirageq.storage import load_student
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parents[1] / "shared" / "data"
@@ -36,26 +38,33 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--bits", nargs="+", type=int, default=[8, 4])
     parser.add_argument("--runtimes", nargs="+", default=["onnxruntime", "openvino"])
+    parser.add_argument("--students", nargs="+", type=Path, metavar="FILE", help="of the (one) network, tuned")
     options = parser.parse_args()
     for name in options.networks:
         teacher, images = network_and_images(name, options.count)
-        for bits in options.bits:
-            scheme = Scheme(
-                weight_bits=bits,
-                activation_bits=bits,
-                placement="deploy",
-                first_last_bits=8,
-                weight_range="mse",
-                activation_range="mse",
-            )
-            student = convert(teacher.network, scheme)
-            student.calibrate(images[:64].split(16))
+        tuned = [load_student(file, teacher) for file in options.students or []]
+        for student in tuned or [calibrated(teacher, bits, images[:64]) for bits in options.bits]:
             for runtime in options.runtimes:
-                row = {"network": name, "bits": f"w{bits}a{bits}", "threads": options.threads}
+                row = {"network": name, "bits": student.scheme.bits, "threads": options.threads, "tuned": bool(tuned)}
                 row |= measure(student, teacher, images, runtime, options.threads)
                 print(json.dumps(row, indent=1), flush=True)
                 with (HERE / "results" / "exports.jsonl").open("a") as file:
                     file.write(json.dumps(row) + "\n")
+
+
+def calibrated(teacher: Teacher, bits: int, images: torch.Tensor) -> Student:
+    """A student that has seen images, and was not tuned."""
+    scheme = Scheme(
+        weight_bits=bits,
+        activation_bits=bits,
+        placement="deploy",
+        first_last_bits=8,
+        weight_range="mse",
+        activation_range="mse",
+    )
+    student = convert(teacher.network, scheme)
+    student.calibrate(images.split(16))
+    return student
 
 
 def measure(student, teacher, images, runtime: str, threads: int) -> dict:

@@ -62,8 +62,9 @@ def exports(rows: list[dict]) -> str:
         for proof in row["verifications"]:
             shares = " | ".join(f"{proof[name]:.1f} %" for name in ("agreement", "exact", "float_agreement"))
             speedup = proof["float_milliseconds"] / proof["milliseconds"]
+            bits = row["bits"] + (", tuned" if row.get("tuned") else "")
             lines.append(
-                f"| {row['network']} | {row['bits']} | {proof['runtime']} | {shares} | {proof['milliseconds']:.2f} | "
+                f"| {row['network']} | {bits} | {proof['runtime']} | {shares} | {proof['milliseconds']:.2f} | "
                 f"{proof['float_milliseconds']:.2f} | {speedup:.2f} | {row['file_bytes'] / 1e6:.2f} | "
                 f"{row['float_file_bytes'] / 1e6:.2f} |"
             )
