@@ -5,9 +5,11 @@ import torch
 from torch import nn
 from torch.export import Dim, export
 
+from mirageq import capture as capture_module
 from mirageq import graph
 from mirageq.capture import capture, load_exported, on_device
 from mirageq.errors import UserError
+from mirageq.storage import network_hash
 from mirageq.teacher import Teacher
 from mirageq.testing import SHAPE, TinyResNet
 
@@ -261,12 +263,18 @@ class Map(TinyResNet):
         return self.conv1(images)
 
 
+class OneLogit(TinyResNet):
+    def forward(self, images):
+        return super().forward(images)[:, :1]
+
+
 @pytest.mark.parametrize(
     ("model", "shape", "message"),
     [
         (TinyResNet(), (1, 16, 16), r"does not accept images of shape \(1, 16, 16\)"),
         (Branching(), SHAPE, "torch.export cannot capture"),
         (Pair(), SHAPE, "return one tensor of logits"),
+        (OneLogit(), SHAPE, "gives one number for an image, which leaves no classes"),
         (Map(), SHAPE, r"must return logits \(N, classes\)"),
         (nn.Flatten(), SHAPE, "has no parameters"),
         (TinyResNet(), (3, 16), "An image shape is"),
@@ -310,6 +318,29 @@ def test_weights_that_a_norm_standardises_are_computed_once():
     images, captured = torch.randn(2, *SHAPE), capture(network, SHAPE)
     torch.testing.assert_close(captured(images), network(images))
     assert len(graph.weighted(captured.graph)) == 2
+
+
+def test_computed_weights_are_known_by_what_they_are_computed_from(monkeypatch):
+    network = nn.Sequential(StandardisedByNorm(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(784, 5)).eval()
+    own, compute = network_hash(Teacher.wrap(network, SHAPE)), capture_module._value
+    monkeypatch.setattr(capture_module, "_value", lambda *steps: compute(*steps) * (1 + 1e-7))  # as elsewhere
+    assert network_hash(Teacher.wrap(network, SHAPE)) == own
+    with torch.no_grad():
+        network[0].weight += 1e-3 * torch.randn_like(network[0].weight)
+    assert network_hash(Teacher.wrap(network, SHAPE)) != own
+
+
+def test_networks_that_keep_computed_tensors_are_told():
+    network = TinyResNet()
+    network.last = network(torch.zeros(1, *SHAPE))
+    with pytest.raises(
+        UserError, match=r"cannot be copied: .*Delete activations that it keeps, and take an old weight_n"
+    ):
+        Teacher.wrap(network, SHAPE)
+
+
+def test_an_image_shape_may_be_a_list():
+    assert Teacher.wrap(TinyResNet(), list(SHAPE)).image_shape == SHAPE
 
 
 def test_programs_of_any_image_size_or_without_layers_are_told(tmp_path):

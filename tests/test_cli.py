@@ -601,6 +601,25 @@ def test_two_runs_begun_at_once_in_one_folder_do_not_mix(tmp_path, monkeypatch):
     assert (tmp_path / "run" / "run.json").read_bytes() == before
 
 
+def test_a_run_that_is_stopped_while_it_is_begun_is_no_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("mirageq.run.versions", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert quantize(tmp_path / "run") == 130
+    monkeypatch.undo()
+    assert quantize(tmp_path / "run") == 0
+
+
+def test_a_student_that_could_not_be_stored_is_not_tuned_again(tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise UserError("student.safetensors cannot be written: No space left on device.")
+
+    monkeypatch.setattr("mirageq.run.save_student", full)
+    assert quantize(tmp_path / "run", "--set", "tuner.batch_size=4") == 2
+    monkeypatch.undo()
+    monkeypatch.setattr("mirageq.tuning.distill._Run.update", None)  # no step is taken any more
+    assert cli.main(["quantize", "--resume", str(tmp_path / "run")]) == 0
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_a_run_goes_on_where_it_began_and_its_command_can_be_pasted(tmp_path, capsys, monkeypatch):
     out = tmp_path / "a [bold] run"
     monkeypatch.setattr("mirageq.pipeline.teach", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))

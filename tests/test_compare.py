@@ -14,6 +14,7 @@ from mirageq.data import open_images
 from mirageq.errors import UserError
 from mirageq.folders import alone
 from mirageq.images import hash_tensors
+from mirageq.methods.intraq import IntraQ
 from mirageq.methods.noise import Noise
 from mirageq.methods.zeroq import ZeroQ
 from mirageq.models import NetworkChoice, load_teacher
@@ -377,6 +378,9 @@ def test_the_recipes_own_method_keeps_its_settings_where_the_plan_says_nothing(t
     plan = Plan.of({"recipe": str(recipe), "methods": methods}, "plan")
     built = [plan.recipe_of(cell).method for cell in plan.cells()]
     assert built == [ZeroQ(iterations=7, batch_size=2), Noise(), ZeroQ(iterations=7, batch_size=3)]
+    recipe.write_text("[method]\niterations = 7\n")  # of the method that needs no name
+    (cell,) = (plan := Plan.of({"recipe": str(recipe), "methods": {"intraq": {"batch_size": 2}}}, "plan")).cells()
+    assert plan.recipe_of(cell).method == IntraQ(iterations=7, batch_size=2)
 
 
 def test_one_place_of_work_may_serve_other_recipes_but_no_other_network(place, capsys):
@@ -458,6 +462,9 @@ def test_tuning_that_is_finished_is_not_done_again(place, monkeypatch):
     monkeypatch.setattr(compare, "accuracy", stopped)
     assert run(place, *only) == 130
     monkeypatch.setattr(compare, "accuracy", measure)
+    monkeypatch.setattr(Comparison, "add", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert run(place, *only) == 130  # and nothing is forgotten before its row is kept
+    monkeypatch.undo()
     monkeypatch.setattr("mirageq.tuning.distill._Run.update", None)  # no step is taken any more
     assert run(place, *only) == 0
     assert rows(place)[0]["divergence"] == rows(place, "whole")[0]["divergence"]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from mirageq.data import open_images
 from mirageq.errors import UserError
@@ -212,3 +213,27 @@ def test_classes_are_in_the_order_of_their_names_on_every_system(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.png").write_bytes(png(pixels(1)[0]))
     assert [file.parent.name for file, _ in open_images(tmp_path, SHAPE)._files.files] == ["A", "C", "b"]
+
+
+def test_grey_images_serve_networks_of_one_channel_and_of_three(tmp_path):
+    grey = np.arange(0, 256, dtype=np.uint8).reshape(16, 16)
+    for name, image in (("8", grey), ("16", grey.astype(np.uint16) * 256 + 255)):
+        (tmp_path / name / "0").mkdir(parents=True)
+        Image.fromarray(image).save(tmp_path / name / "0" / "a.png")
+        for channels in (1, 3):
+            ((images, _),) = open_images(tmp_path / name, (channels, 16, 16)).batches(1)
+            assert images.shape == (1, channels, 16, 16)
+            assert (images[0] == torch.from_numpy(grey)).all()
+
+
+def test_files_that_pillow_refuses_are_named(tmp_path, monkeypatch):
+    (tmp_path / "0").mkdir()
+    text = PngInfo()
+    text.add_text("note", "a" * 2_000_000, zip=True)
+    Image.fromarray(pixels(1)[0]).save(tmp_path / "0" / "a.png", pnginfo=text)
+    with pytest.raises(UserError, match=r"a\.png is not a whole image: Decompressed data too large"):
+        next(open_images(tmp_path, SHAPE).batches(1))
+    Image.new("1", (16, 16)).save(tmp_path / "0" / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(UserError, match=r"a\.png is not a whole image: Image size"):
+        next(open_images(tmp_path, SHAPE).batches(1))

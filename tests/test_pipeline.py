@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import pytest
 import torch
 
 from mirageq import GDFQ, Distill, IntraQ, Noise, Scheme, Teacher, UserError, agreement, quantize
+from mirageq.methods.zeroq import ZeroQ
+from mirageq.recipe import describe_part
 from mirageq.testing import CLASSES, SHAPE, TinyResNet
 from mirageq.tuning import Reconstruct, SQuant
 
@@ -53,7 +57,7 @@ def test_what_is_missing_is_told(monkeypatch):
     with pytest.raises(UserError, match="Give image_shape"):
         quantize(TinyResNet(), Noise())
     with monkeypatch.context() as patch:
-        patch.setattr(Noise, "synthesize", None)  # refused before any image is made
+        patch.setattr(Noise, "synthesize", lambda *_, **__: pytest.fail("images were made"))
         with pytest.raises(UserError, match="calibration_images must be positive; got 0"):
             quantize(TinyResNet(), Noise(), image_shape=SHAPE, tuner=Distill(steps=0), images=4, calibration_images=0)
     with pytest.raises(UserError, match="number of images to synthesise must be positive; got 0"):
@@ -75,3 +79,26 @@ def test_a_generator_never_runs_out_of_images():
         quantize(teacher, Noise(), scheme=scheme, tuner=tuner, images=8, calibration_images=8)
     with pytest.raises(UserError, match="batch size 16 is larger than the set of 8 synthetic images"):
         quantize(teacher, Noise(), scheme=scheme, tuner=SQuant(then=Distill(batch_size=16)), images=8)
+
+
+def test_what_is_no_method_is_told():
+    class Plain:
+        def synthesize(self, teacher, count, *, seed=0, journal=None):
+            raise AssertionError
+
+    for method, told in ((Plain(), "make it a dataclass of settings"), (3, r"it has no synthesize\(teacher, count")):
+        with pytest.raises(UserError, match=told):
+            quantize(TinyResNet(), method, image_shape=SHAPE)
+
+
+def test_methods_with_slots_are_methods():
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class Slotted:
+        within: ZeroQ = field(default_factory=lambda: ZeroQ(clamp=True))
+
+        def synthesize(self, teacher, count, *, seed=0, journal=None):
+            raise AssertionError
+
+    with pytest.raises(UserError, match="The range of pixels follows from"):
+        quantize(TinyResNet(), Slotted(), image_shape=SHAPE)
+    assert describe_part(Slotted())["within"]["clamp"] is True

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 
 from mirageq import recipe
 from mirageq.errors import UserError
 from mirageq.methods.intraq import IntraQ
+from mirageq.methods.noise import Noise
+from mirageq.methods.union import Union
 from mirageq.methods.zeroq import ZeroQ
 from mirageq.tuning import Distill
 
@@ -150,3 +153,23 @@ def test_a_section_without_a_name_is_what_it_is_by_default():
         built = recipe.build(recipe.laid_over(base, {"tuner": {**name, "lr": 1e-4}}))
         assert (built.tuner.steps, built.tuner.lr, built.method.iterations) == (3, 1e-4, 5)
     assert recipe.laid_over(base, {"method": {"name": "zeroq"}})["method"] == {"name": "zeroq"}
+
+
+def test_a_part_without_a_name_is_what_its_method_has_there_by_itself():
+    table = {"method": {"name": "union", "first": {"iterations": 4}, "second": {"iterations": 5, "class_weight": 0.3}}}
+    assert recipe.build(table).method == Union(first=IntraQ(iterations=4), second=ZeroQ(iterations=5, class_weight=0.3))
+    third = recipe.build(recipe.assign(table, ["method.third.iterations=6"])).method.third
+    assert third == IntraQ(iterations=6)  # a union has none by itself
+    selecting = {"method": {"name": "selectq", "candidates": {"iterations": 7}}}
+    assert recipe.build(selecting).method.candidates == ZeroQ(iterations=7)
+    named = recipe.laid_over(table, {"method": {"second": {"name": "intraq"}}})
+    assert recipe.build(named).method.second == IntraQ()  # nothing of ZeroQ's
+
+
+def test_settings_that_no_record_can_hold_are_told():
+    @dataclass(frozen=True, kw_only=True)
+    class Own(Noise):
+        where: object = None
+
+    with pytest.raises(UserError, match=r"The setting 'where' of .*Own is .*Path.*, which no record can hold"):
+        recipe.describe_part(Own(where=Path("x")))

@@ -28,6 +28,10 @@ from torch.fx.node import map_arg
 
 from mirageq.errors import UserError, first_line
 from mirageq.graph import BATCH_NORM, WEIGHTED, argument, aten, free_name, is_stored, padding, share, stored
+from mirageq.images import hash_tensors
+
+COMPUTED_FROM = "computed_from"
+"""Where a captured network with computed weights notes the hash of what they were computed from, in its `meta`."""
 
 
 def capture(model: nn.Module | ExportedProgram, image_shape: tuple[int, int, int]) -> GraphModule:
@@ -68,6 +72,7 @@ def capture(model: nn.Module | ExportedProgram, image_shape: tuple[int, int, int
             graph.erase_node(node)  # it pins the type and the device that the network was exported on
         elif node.target is aten.clone.default or node.target is aten.dropout.default:
             node.replace_all_uses_with(node.args[0])
+    before = module.state_dict()
     computed = _compute_once(module)
     for node in graph.find_nodes(op="call_function", target=aten.conv2d.default):
         _pad_inside(node)
@@ -81,7 +86,11 @@ def capture(model: nn.Module | ExportedProgram, image_shape: tuple[int, int, int
         if hasattr(module, name):
             delattr(module, name)
     module.recompile()
-    return share(module, graph) if computed else module  # without what the computed ones were computed from
+    if not computed:
+        return module
+    network = share(module, graph)  # without what the computed ones were computed from
+    network.meta[COMPUTED_FROM] = hash_tensors(before)
+    return network
 
 
 def on_device(network: GraphModule, device: str | torch.device) -> GraphModule:
@@ -140,7 +149,13 @@ def _export(model: nn.Module, image_shape: tuple[int, int, int]) -> ExportedProg
         device = next(iter(model.parameters())).device
     except StopIteration:
         raise UserError("The network has no parameters; there is nothing to quantize.") from None
-    frozen = copy.deepcopy(model).eval()
+    try:
+        frozen = copy.deepcopy(model).eval()
+    except Exception as error:
+        raise UserError(
+            f"The network cannot be copied: {first_line(error)}. Delete activations that it keeps, and take an old "
+            "weight_norm away (torch.nn.utils.remove_weight_norm)."
+        ) from error
     images = torch.zeros(2, *image_shape, device=device)
     try:
         with torch.no_grad():

@@ -136,6 +136,7 @@ class Comparison:
     def add(self, row: Row, console: Console) -> None:
         """Keep the row of a finished cell, and tell its accuracy."""
         write_text(self.folder / CELLS, "".join(json.dumps(each) + "\n" for each in [*self.rows(), row]))
+        forget(Journal(self._workplace(row["label"], row["recipe"])))
         told = f"{row['label']}: {row['top1']:.2f} (full precision {self.protocol.full_precision:.2f})"
         console.print(told, highlight=False, markup=False)
 
@@ -175,8 +176,7 @@ class Comparison:
         """Make, calibrate, tune, measure and keep the student of a cell; what is finished of its images is read."""
         student = untuned(teacher, wanted.method, wanted.scheme, wanted.tuner, wanted.images)
         source, painting = self.synthesize(wanted, cell, teacher, console)
-        fingerprint = sha256(repr((self.protocol.weights_sha256, recipes.describe(wanted))).encode()).hexdigest()
-        workplace = self.work / "cells" / f"{cell.folder}-{fingerprint[:8]}"  # nothing of another recipe
+        workplace = self._workplace(cell.label, recipes.describe(wanted))
         workplace.mkdir(parents=True, exist_ok=True)
         learning = Journal(workplace, console)
         teach(
@@ -191,7 +191,6 @@ class Comparison:
         measured = accuracy(student, data, teacher.mean, teacher.std, teacher=teacher, device=str(teacher.device))
         looked_at = self._look_at(source, wanted.images, teacher, self.images_folder(wanted, cell))
         kept = save_student(student, teacher, workplace / STUDENT)
-        forget(learning)
         return {
             "label": cell.label,
             "method": cell.method,
@@ -236,6 +235,11 @@ class Comparison:
     def images_folder(self, wanted: Recipe, cell: Cell) -> Path:
         """Where the images of a cell lie."""
         return self._images_of(cell.method, wanted.images, cell.seed)
+
+    def _workplace(self, label: str, recipe: Table) -> Path:
+        """Where a cell is computed: nothing of another recipe or network lies there."""
+        fingerprint = sha256(repr((self.protocol.weights_sha256, recipe)).encode()).hexdigest()
+        return self.work / "cells" / file_name(f"{label}-{fingerprint[:8]}")
 
     def _images_of(self, method: str, count: int, seed: int) -> Path:
         return self.work / "images" / file_name(f"{method}-{count}-seed{seed}")

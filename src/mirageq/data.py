@@ -6,6 +6,7 @@ import hashlib
 import io
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -63,7 +64,7 @@ class LabelledImages:
         return max(1, min(most, pixels // (self._shape[1] * self._shape[2])))
 
     def batches(self, batch_size: int, chosen: Sequence[int] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pixels (B, C, H, W) uint8 RGB and labels (B,) int64, in the order of the files, or of these chosen ones.
+        """Pixels (B, C, H, W) uint8, RGB or grey, and labels (B,) int64; in the files' order, or those chosen.
 
         Raises:
             UserError: an image is smaller than the network's input, or has another number of channels.
@@ -110,7 +111,7 @@ def open_images(
             (N, H, W, C) uint8 and `labels`, a binary CIFAR file (`test_batch.bin`, or CIFAR-100's `test.bin`), a
             parquet file with columns `jpeg` and `label`, or a calibration pack: synthetic images, labelled with the
             classes they were made for, on which settings may be chosen.
-        image_shape: (C, H, W) that the network takes.
+        image_shape: (C, H, W) that the network takes; image files are read as grey where C is 1, else as RGB.
         resize: pixels of the short side before the centre crop; None crops the image as it is.
         limit: only the first so many; of a folder, as many of each class as it can be.
 
@@ -124,16 +125,20 @@ def open_images(
         raise UserError(f"--resize must be at least the network's input, {max(image_shape[1:])}; got {resize}.")
     if limit is not None and limit < 1:
         raise UserError(f"--limit must be positive; got {limit}.")
-    files = _open(path)
+    files = _open(path, channels=image_shape[0])
     if len(files) == 0:
         raise UserError(f"{path} holds no images.")
     return LabelledImages(path.name, files, image_shape, resize, limit)
 
 
-def _open(path: Path) -> _Files:
+def _open(path: Path, channels: int) -> _Files:
     if path.is_dir() and not (path / PIXELS).exists():
-        return _Folder(path)
-    readers: dict[str, Callable[[Path], _Files]] = {".npz": _npz, ".bin": _cifar_binary, ".parquet": _Parquet}
+        return _Folder(path, channels)
+    readers: dict[str, Callable[[Path], _Files]] = {
+        ".npz": _npz,
+        ".bin": _cifar_binary,
+        ".parquet": partial(_Parquet, channels=channels),
+    }
     if path.is_dir():
         path, readers = path / PIXELS, {".npy": _pack}
     if path.suffix not in readers:
@@ -189,7 +194,8 @@ def _cifar_binary(path: Path) -> _Arrays:
 
 
 class _Folder:
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, channels: int) -> None:
+        self.channels = channels
         classes = _by_name(folder for folder in path.iterdir() if folder.is_dir())
         if not classes:
             raise UserError(f"{path} has no sub-folders; an image folder has one a class, in the order of the labels.")
@@ -207,7 +213,7 @@ class _Folder:
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         file, label = self.files[index]
-        return _decode(file.read_bytes(), str(file)), label
+        return _decode(file.read_bytes(), str(file), self.channels), label
 
 
 def _by_name(paths: Iterable[Path]) -> list[Path]:
@@ -216,7 +222,8 @@ def _by_name(paths: Iterable[Path]) -> list[Path]:
 
 
 class _Parquet:
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, channels: int) -> None:
+        self.channels = channels
         try:
             import pyarrow.parquet
         except ImportError as error:
@@ -228,15 +235,20 @@ class _Parquet:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        return _decode(self.jpegs[index].as_py(), f"image {index}"), self.labels[index]
+        return _decode(self.jpegs[index].as_py(), f"image {index}", self.channels), self.labels[index]
 
 
-def _decode(content: bytes, name: str) -> np.ndarray:
+def _decode(content: bytes, name: str, channels: int) -> np.ndarray:
+    """(H, W, C) of an image file: grey for a network of one channel, else RGB; of 16 bits the upper eight."""
     pillow = _pillow()
     try:
-        return np.asarray(pillow.open(io.BytesIO(content)).convert("RGB"))
-    except OSError as error:
-        raise UserError(f"{name} is not a whole image: {error}.") from error
+        image = pillow.open(io.BytesIO(content))
+        if image.mode.startswith("I"):  # Pillow would cut off what is above 255
+            image = pillow.fromarray((np.asarray(image) // 256).astype(np.uint8))
+        pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+    except (OSError, ValueError, SyntaxError, pillow.DecompressionBombError) as error:
+        raise UserError(f"{name} is not a whole image: {first_line(error)}.") from error
+    return pixels.reshape(*pixels.shape[:2], -1)
 
 
 def _scale(image: np.ndarray, short_side: int) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -178,8 +178,11 @@ class Checkpoint:
             self._saved_at = time.monotonic()
 
     def clear(self) -> None:
+        """Delete it, and its folder if it was the last one there."""
         if self.path:
             self.path.unlink(missing_ok=True)
+            with suppress(OSError):
+                self.path.parent.rmdir()
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from mirageq.generator import set_size
 from mirageq.images import ImageSource
 from mirageq.journal import Journal
 from mirageq.methods import Method
+from mirageq.methods.contract import check_method, parts_of
 from mirageq.quant import Scheme, Student, convert
 from mirageq.teacher import Teacher
 from mirageq.tuning import Distill, Tuner
@@ -84,15 +85,40 @@ def quantize(
         raise UserError("Give image_shape=(channels, height, width), the shape the network was trained with.")
     else:
         teacher = Teacher.wrap(model, image_shape, device=device or "cpu")
+    result = carry_out(
+        teacher,
+        method,
+        scheme=scheme or Scheme(),
+        tuner=tuner or Distill(),
+        images=images,
+        calibration_images=calibration_images,
+        seed=seed,
+        journal=journal,
+    )
+    forget(journal)
+    return result
+
+
+def carry_out(
+    teacher: Teacher,
+    method: Method,
+    *,
+    scheme: Scheme,
+    tuner: Tuner,
+    images: int,
+    calibration_images: int,
+    seed: int,
+    journal: Journal,
+) -> Result:
+    """As `quantize`, but the journal keeps the finished student as well, until `tuning.contract.forget` is called."""
+    check_method(method, repr(method))
     check_pixel_range(teacher, method)
     _check_calibration(calibration_images)
-    scheme, tuner = scheme or Scheme(), tuner or Distill()
     with journal.timed("convert"):  # first, so that a scheme that does not fit is refused before any image is made
         student = untuned(teacher, method, scheme, tuner, images)
     with journal.timed("synthesize"):
         source = method.synthesize(teacher, images, seed=seed, journal=journal)
     teach(teacher, student, source, tuner, calibration_images=calibration_images, seed=seed, journal=journal)
-    forget(journal)
     return Result(teacher, student, source, journal.seconds)
 
 
@@ -116,9 +142,8 @@ def check_pixel_range(teacher: Teacher, method: Method) -> None:
     """Raise a `UserError` if the method, or a part of it, keeps images in the pixels' range and that is unknown."""
     if getattr(method, "clamp", False):
         teacher.pixel_range()
-    for part in vars(method).values():
-        if isinstance(part, Method):
-            check_pixel_range(teacher, part)
+    for part in parts_of(method):
+        check_pixel_range(teacher, part)
 
 
 def teach(

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from mirageq import recipe as recipes
 from mirageq.errors import UserError
-from mirageq.folders import file_name
 from mirageq.methods import METHODS, Method
 from mirageq.recipe import Recipe, Table
 
@@ -96,7 +95,8 @@ class Plan:
     def recipe_of(self, cell: Cell) -> Recipe:
         base = recipes.read(self.recipe) if self.recipe else {}
         method = {"name": cell.method, **self.methods[cell.method]}
-        table = {**base, "method": recipes.laid_over(recipes.section(base, "method"), method)}
+        own = recipes.section(base, "method")
+        table = {**base, "method": recipes.laid_over(own, method, recipes.UNNAMED["method"])}
         return recipes.build(recipes.assign(recipes.set_bits(table, cell.bits), self.variants[cell.variant]))
 
     def check(self, only: Sequence[str] = ()) -> Recipe:
@@ -144,7 +144,3 @@ class Cell:
     @property
     def label(self) -> str:
         return f"{self.method} {self.bits} seed{self.seed} {self.variant}".strip()
-
-    @property
-    def folder(self) -> str:
-        return file_name(self.label)

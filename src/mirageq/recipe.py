@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -29,7 +30,7 @@ Table = dict[str, Any]
 
 SECTIONS = ("method", "scheme", "tuner")
 UNNAMED = {"method": "intraq", "tuner": "distill"}
-"""What a section without a `name` is."""
+"""What a section without a `name` is; one within a method or tuner is what that has there by itself, if anything."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,7 @@ def laid_over(base: Table, own: Table, default: str | None = None) -> Table:
     for name, part in base.items():
         given = own.get(name)
         if isinstance(part, dict) and isinstance(given, dict):
-            result[name] = laid_over(part, given, UNNAMED.get(name, default))
+            result[name] = laid_over(part, given, UNNAMED.get(name))
         elif isinstance(part, dict) and given is False:
             del result[name]
     return result
@@ -143,9 +144,9 @@ def build(table: Table) -> Recipe:
     """
     rest = dict(table)
     parts = {
-        "method": _assemble(section(rest, "method"), "method", methods.find, UNNAMED["method"]),
+        "method": _assemble(section(rest, "method"), "method", methods.find, methods.find(UNNAMED["method"])),
         "scheme": settings(Scheme, section(rest, "scheme"), "scheme"),
-        "tuner": _assemble(section(rest, "tuner"), "tuner", find_tuner, UNNAMED["tuner"]),
+        "tuner": _assemble(section(rest, "tuner"), "tuner", find_tuner, find_tuner(UNNAMED["tuner"])),
     }
     for name in SECTIONS:
         rest.pop(name, None)
@@ -168,22 +169,27 @@ def describe(recipe: Recipe) -> Table:
 def describe_part(part: Method | Tuner) -> Table:
     """The full table of a method or tuner, and of those it is made of."""
     registry = TUNERS if isinstance(part, Tuner) else methods.METHODS
-    inner = {
-        name: describe_part(value) for name in vars(part) if isinstance(value := getattr(part, name), (Method, Tuner))
-    }
+    values = {each.name: getattr(part, each.name) for each in fields(part)}  # type: ignore[arg-type]
+    inner = {name: describe_part(value) for name, value in values.items() if isinstance(value, (Method, Tuner))}
     return {"name": _name(registry, part), **_values(part), **inner}
 
 
-def _assemble(table: Table, where: str, find: Callable[[str], type], default: str) -> Any:
-    """The method or tuner that a table describes: `name`, settings, and sections for those it is made of, if any."""
+def _assemble(table: Table, where: str, find: Callable[[str], type], unnamed: type) -> Any:
+    """The method or tuner that a table describes: `name`, settings, and sections for those it is made of, if any.
+
+    Without a name it is an `unnamed`, or what the method that it is a part of has there by itself.
+    """
     plain = {key: value for key, value in table.items() if not isinstance(value, dict)}
-    name = plain.pop("name", default)
-    if not isinstance(name, str):
+    name = plain.pop("name", None)
+    if not isinstance(name, str | None):
         raise UserError(f"{where}: 'name' is a text; got {name!r}.")
-    kind = find(name)
+    kind = unnamed if name is None else find(name)
     parts = {key: value for key, value in table.items() if isinstance(value, dict)}
     check_names(kind, parts, where)
-    inner = {name: _assemble(part, f"{where}.{name}", find, default) for name, part in parts.items()}
+    defaults = {each.name: own for each in fields(kind) if inspect.isclass(own := each.default_factory)}
+    inner = {
+        each: _assemble(part, f"{where}.{each}", find, defaults.get(each, unnamed)) for each, part in parts.items()
+    }
     return replace(settings(kind, plain, where), **inner)
 
 
@@ -254,4 +260,12 @@ def _name(registry: dict[str, type], value: object) -> str:
 
 def _values(value: object) -> Table:
     plain = asdict(value)  # type: ignore[call-overload]
+    for key, item in plain.items():
+        try:
+            json.dumps(item)
+        except TypeError as error:
+            raise UserError(
+                f"The setting '{key}' of {type(value).__qualname__} is {item!r}, which no record can hold; settings "
+                "are numbers, texts, truth values and lists of them."
+            ) from error
     return {key: list(item) if isinstance(item, tuple) else item for key, item in plain.items() if item is not None}

@@ -22,12 +22,13 @@ from mirageq.folders import RECORD, alone, check_folder, resuming, write_text
 from mirageq.images import ImageSource, SyntheticSet, hash_tensors
 from mirageq.journal import HISTORY, SECONDS, Journal, read_history
 from mirageq.models import NetworkChoice, load_teacher
-from mirageq.pipeline import Result, check_pixel_range, quantize
+from mirageq.pipeline import Result, carry_out, check_pixel_range
 from mirageq.precision import has_bfloat16
 from mirageq.quant import Scheme, Student
 from mirageq.recipe import Recipe, Table, build, describe, settings
 from mirageq.storage import load_student, network_hash, save_student
 from mirageq.teacher import Teacher
+from mirageq.tuning.contract import forget
 
 FORMAT = 1
 IMAGES, STUDENT = "synthetic.safetensors", "student.safetensors"
@@ -51,11 +52,6 @@ class Run:
         """
         check_pixel_range(teacher, recipe.method)
         check_folder(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            (folder / RECORD).open("x").close()
-        except FileExistsError as error:
-            raise UserError(f"{folder} holds a run that was begun at the same time; give another folder.") from error
         record = {
             "format": FORMAT,
             "status": "running",
@@ -69,7 +65,14 @@ class Run:
         }
         run = Run(folder, record)
         run._new = True
-        run._write()
+        text = run._text()
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            file = (folder / RECORD).open("x", encoding="utf-8")
+        except FileExistsError as error:
+            raise UserError(f"{folder} holds a run that was begun at the same time; give another folder.") from error
+        with file:
+            file.write(text)
         return run
 
     @staticmethod
@@ -182,8 +185,9 @@ class Run:
                 source = recipe.method.synthesize(teacher, recipe.images, seed=self.seed, journal=journal)
             self._finish(source, journal.seconds, None)
             return None
-        result = quantize(teacher, **vars(recipe), seed=self.seed, journal=journal)
+        result = carry_out(teacher, **vars(recipe), seed=self.seed, journal=journal)
         self._finish(result.source, result.seconds, result)
+        forget(journal)
         return result
 
     def _discard_unless_begun(self) -> None:
@@ -203,9 +207,6 @@ class Run:
         if result:
             state = save_student(result.student, result.teacher, self.folder / STUDENT)
             self.record["student"] = {"sha256": hash_tensors(state), **asdict(result.student.size())}
-        checkpoints = self.folder / "checkpoints"
-        if checkpoints.is_dir() and not any(checkpoints.iterdir()):
-            checkpoints.rmdir()
         (self.folder / SECONDS).unlink(missing_ok=True)
         self.record["seconds"] = {name: round(value, 2) for name, value in seconds.items()}
         self.record["peak_memory_bytes"] = peak_memory()
@@ -213,7 +214,10 @@ class Run:
         self._write()
 
     def _write(self) -> None:
-        write_text(self.folder / RECORD, json.dumps(self.record, indent=2) + "\n")
+        write_text(self.folder / RECORD, self._text())
+
+    def _text(self) -> str:
+        return json.dumps(self.record, indent=2) + "\n"
 
 
 def load(

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mirageq.capture import COMPUTED_FROM
 from mirageq.errors import UserError, first_line
 from mirageq.folders import replacing
 from mirageq.images import hash_tensors
@@ -22,8 +23,11 @@ HEADER = "mirageq"
 
 
 def network_hash(teacher: Teacher) -> str:
-    """SHA-256 of the full-precision network's tensors."""
-    return hash_tensors(dict(teacher.network.state_dict()))
+    """SHA-256 of the full-precision network's tensors.
+
+    Where some are computed from others, of those: processors differ in the last bits of what they compute.
+    """
+    return teacher.network.meta.get(COMPUTED_FROM) or hash_tensors(dict(teacher.network.state_dict()))
 
 
 def save_student(student: Student, teacher: Teacher, path: Path) -> dict[str, Tensor]:

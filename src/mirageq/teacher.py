@@ -65,6 +65,8 @@ class Teacher:
                 `image_shape` to a matrix of finite logits.
         """
         _check_normalisation(image_shape, mean, std)
+        channels, height, width = image_shape
+        image_shape = channels, height, width  # it may have come as a list
         network = on_device(capture(model, image_shape), device).requires_grad_(False)
         _check_finite(network)
         _check_norms(network)
@@ -183,5 +185,10 @@ def _first_look(observe: Observer, image_shape: tuple[int, int, int], device: st
         raise UserError(
             f"The network must return logits (N, classes); for 2 images it returned a tensor of shape "
             f"{tuple(seen.logits.shape)}. Wrap it so that it classifies whole images."
+        )
+    if seen.logits.shape[1] < 2:
+        raise UserError(
+            "The network gives one number for an image, which leaves no classes to compare. Wrap it to return "
+            "torch.cat([torch.zeros_like(x), x], 1) for its x: the softmax of these two logits is the sigmoid of x."
         )
     return seen

@@ -74,7 +74,7 @@ def test_another_tuner_can_follow_and_an_interruption_in_it_costs_no_block(teach
         assert torch.equal(whole(images), again(images))
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"reconstruct.pt", "tune.pt"}
     forget(journal)
-    assert not any((tmp_path / "checkpoints").iterdir())
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_a_recipe_holds_both_tuners():

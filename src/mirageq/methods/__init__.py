@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from mirageq.errors import UserError, did_you_mean, first_line
 from mirageq.methods.clusterq import ClusterQ
-from mirageq.methods.contract import Method
+from mirageq.methods.contract import Method, check_method
 from mirageq.methods.dgh import DGH
 from mirageq.methods.gdfq import GDFQ
 from mirageq.methods.genie import Genie
@@ -73,6 +73,5 @@ def find(name: str) -> type:
         raise UserError(
             f"The method '{name}' cannot be imported: {type(error).__name__}: {first_line(error)}."
         ) from error
-    if not callable(getattr(found, "synthesize", None)):
-        raise UserError(f"'{name}' is not a method: it has no synthesize(teacher, count, *, seed, journal).")
+    check_method(found, f"'{name}'")
     return found

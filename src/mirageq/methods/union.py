@@ -18,7 +18,7 @@ import torch
 from mirageq.errors import UserError
 from mirageq.images import Batch, ImageSource, SyntheticSet
 from mirageq.journal import Journal
-from mirageq.methods.contract import Method
+from mirageq.methods.contract import Method, parts_of
 from mirageq.methods.intraq import IntraQ
 from mirageq.methods.zeroq import ZeroQ
 from mirageq.seeding import stream
@@ -63,7 +63,7 @@ def _sizes(method: Method) -> list[int | None]:
     """The `image_size` of a method, or of those that it is made of."""
     if hasattr(method, "image_size"):
         return [method.image_size]
-    return [size for part in vars(method).values() if isinstance(part, Method) for size in _sizes(part)]
+    return [size for part in parts_of(method) for size in _sizes(part)]
 
 
 def _require_one_shape(shapes: set[tuple[int, ...]]) -> None:
