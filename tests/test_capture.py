@@ -268,9 +268,21 @@ class OneLogit(TinyResNet):
         return super().forward(images)[:, :1]
 
 
+class HalfInside(TinyResNet):
+    def forward(self, images):
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(images)
+
+
 @pytest.mark.parametrize(
     ("model", "shape", "message"),
     [
+        (TinyResNet().double(), SHAPE, r"weights are torch.float64; give it in full precision: model.float\(\)"),
+        (
+            HalfInside(),
+            SHAPE,
+            "in torch.bfloat16, and quantization begins from float32. Leave autocast",
+        ),
         (TinyResNet(), (1, 16, 16), r"does not accept images of shape \(1, 16, 16\)"),
         (Branching(), SHAPE, "torch.export cannot capture"),
         (Pair(), SHAPE, "return one tensor of logits"),
@@ -337,6 +349,20 @@ def test_networks_that_keep_computed_tensors_are_told():
         UserError, match=r"cannot be copied: .*Delete activations that it keeps, and take an old weight_n"
     ):
         Teacher.wrap(network, SHAPE)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
+def test_a_wrapped_network_is_the_network(wrap):
+    network = TinyResNet()
+    assert network_hash(Teacher.wrap(wrap(network), SHAPE)) == network_hash(Teacher.wrap(network, SHAPE))
+
+
+def test_an_average_without_padding_counts_no_rim():
+    network = nn.Sequential(nn.Conv2d(3, 4, 2), nn.AvgPool2d(2, ceil_mode=True), nn.Flatten(), nn.Linear(256, 5)).eval()
+    images, captured = torch.randn(2, *SHAPE), capture(network, SHAPE)
+    torch.testing.assert_close(captured(images), network(images))
+    (pool,) = captured.graph.find_nodes(op="call_function", target=torch.ops.aten.avg_pool2d.default)
+    assert pool.args[3:6] == ([0, 0], True, False)
 
 
 def test_an_image_shape_may_be_a_list():

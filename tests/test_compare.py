@@ -13,7 +13,7 @@ from mirageq.compare import Comparison
 from mirageq.data import open_images
 from mirageq.errors import UserError
 from mirageq.folders import alone
-from mirageq.images import hash_tensors
+from mirageq.hashing import hash_tensors
 from mirageq.methods.intraq import IntraQ
 from mirageq.methods.noise import Noise
 from mirageq.methods.zeroq import ZeroQ

@@ -28,7 +28,11 @@ from torch.fx.node import map_arg
 
 from mirageq.errors import UserError, first_line
 from mirageq.graph import BATCH_NORM, WEIGHTED, argument, aten, free_name, is_stored, padding, share, stored
-from mirageq.images import hash_tensors
+from mirageq.hashing import hash_tensors
+
+OTHER_NAMES = {"clip": "clamp", "concat": "cat", "concatenate": "cat", "special_expit": "sigmoid", "multiply": "mul"}
+OTHER_NAMES |= {"divide": "div", "true_divide": "div", "subtract": "sub", "negative": "neg"}
+"""Operations that have two names, and the one they go by here."""
 
 COMPUTED_FROM = "computed_from"
 """Where a captured network with computed weights notes the hash of what they were computed from, in its `meta`."""
@@ -72,10 +76,15 @@ def capture(model: nn.Module | ExportedProgram, image_shape: tuple[int, int, int
             graph.erase_node(node)  # it pins the type and the device that the network was exported on
         elif node.target is aten.clone.default or node.target is aten.dropout.default:
             node.replace_all_uses_with(node.args[0])
+        else:
+            _rename(node)
+    _check_precision(graph)
     before = module.state_dict()
     computed = _compute_once(module)
     for node in graph.find_nodes(op="call_function", target=aten.conv2d.default):
         _pad_inside(node)
+    for node in graph.find_nodes(op="call_function", target=aten.avg_pool2d.default):
+        _count_no_rim(node)
     graph.eliminate_dead_code()
     if any("native_batch_norm" in str(node.target) for node in graph.nodes):
         raise UserError(
@@ -145,10 +154,13 @@ def _quietly() -> Iterator[None]:
 
 
 def _export(model: nn.Module, image_shape: tuple[int, int, int]) -> ExportedProgram:
+    model = _unwrapped(model)
     try:
         device = next(iter(model.parameters())).device
     except StopIteration:
         raise UserError("The network has no parameters; there is nothing to quantize.") from None
+    if others := {value.dtype for value in model.parameters() if value.is_floating_point()} - {torch.float32}:
+        raise UserError(f"The network's weights are {others.pop()}; give it in full precision: model.float().")
     try:
         frozen = copy.deepcopy(model).eval()
     except Exception as error:
@@ -172,6 +184,38 @@ def _export(model: nn.Module, image_shape: tuple[int, int, int]) -> ExportedProg
             f"torch.export cannot capture the network with a free batch size: {first_line(error)}. "
             "Forward code that branches on tensor values or on the batch size must be rewritten."
         ) from error
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The network itself, without what trains it on several GPUs or compiles it."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
+            model = compiled
+        else:
+            return model
+
+
+def _rename(node: Node) -> None:
+    """Call an operation by the name that is known here."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        own = node.target._schema.name.rpartition("::")[2]
+        if own in OTHER_NAMES:
+            node.target = getattr(getattr(aten, OTHER_NAMES[own]), node.target._overloadname)
+        elif node.target is aten.threshold.default and tuple(node.args[1:]) == (0, 0):
+            node.target, node.args = aten.relu.default, node.args[:1]
+
+
+def _check_precision(graph: torch.fx.Graph) -> None:
+    """Raise a `UserError` for a tensor of numbers that are not float32; a single one is a constant."""
+    for node in graph.nodes:
+        value = node.meta.get("val") if node.op in ("placeholder", "call_function") else None
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dim() and value.dtype != torch.float32:
+            raise UserError(
+                f"The network computes '{node.name}' in {value.dtype}, and quantization begins from float32. Leave "
+                "autocast and conversions out of its forward."
+            )
 
 
 def _restore_batch_norm(graph: torch.fx.Graph, node: Node) -> None:
@@ -233,6 +277,14 @@ def _constant_inputs(node: Node) -> list[Node] | None:
         return True
 
     return list(found) if visit(node) else None
+
+
+def _count_no_rim(pool: Node) -> None:
+    """Let an average without padding say so: runtimes divide windows beyond the edge (`ceil_mode`) otherwise."""
+    if not any(argument(pool, 3, "padding", [0])) and argument(pool, 4, "ceil_mode", False):
+        kernel, stride = pool.args[1], argument(pool, 2, "stride", [])
+        pool.args = (pool.args[0], kernel, stride, [0, 0], True, False, *pool.args[6:])
+        pool.kwargs = {name: value for name, value in pool.kwargs.items() if name == "divisor_override"}
 
 
 def _pad_inside(convolution: Node) -> None:

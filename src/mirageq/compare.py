@@ -24,7 +24,8 @@ from mirageq.data import LabelledImages
 from mirageq.errors import UserError, first_line
 from mirageq.evaluate import accuracy, intra_class_distance, silhouette
 from mirageq.folders import check_folder, file_name, replacing, write_text
-from mirageq.images import Batch, ImageSource, hash_tensors
+from mirageq.hashing import hash_tensors
+from mirageq.images import Batch, ImageSource
 from mirageq.journal import Journal, read_lines
 from mirageq.pipeline import teach, untuned
 from mirageq.plan import Cell, Plan

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import struct
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from mirageq.errors import UserError
 from mirageq.folders import replacing
+from mirageq.hashing import hash_tensors
 from mirageq.seeding import stream
 
 
@@ -189,16 +189,6 @@ def check_batch(batch_size: int, count: int) -> None:
             f"The batch size {batch_size} is larger than the set of {count} synthetic images. "
             "Make more images or use a smaller batch."
         )
-
-
-def hash_tensors(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over names, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _layout(shape: tuple[int, ...]) -> bytes:

@@ -19,7 +19,8 @@ from torch.export import ExportedProgram
 import mirageq
 from mirageq.errors import UserError
 from mirageq.folders import RECORD, alone, check_folder, resuming, write_text
-from mirageq.images import ImageSource, SyntheticSet, hash_tensors
+from mirageq.hashing import hash_tensors
+from mirageq.images import ImageSource, SyntheticSet
 from mirageq.journal import HISTORY, SECONDS, Journal, read_history
 from mirageq.models import NetworkChoice, load_teacher
 from mirageq.pipeline import Result, carry_out, check_pixel_range

@@ -13,7 +13,7 @@ from torch import Tensor
 from mirageq.capture import COMPUTED_FROM
 from mirageq.errors import UserError, first_line
 from mirageq.folders import replacing
-from mirageq.images import hash_tensors
+from mirageq.hashing import hash_tensors
 from mirageq.quant import Scheme, Student, convert
 from mirageq.recipe import settings
 from mirageq.teacher import Teacher

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mirageq.errors import UserError
-from mirageq.images import SyntheticSet, hash_tensors
+from mirageq.hashing import hash_tensors
+from mirageq.images import SyntheticSet
 from mirageq.journal import HISTORY, Journal, read_history
 from mirageq.methods import Method
 from mirageq.reference import card

@@ -365,6 +365,24 @@ def test_what_the_network_computes_stays_in_the_file(what, symmetric, images, tm
             assert np.abs(run(images.numpy()) - student(images).numpy()).max() < 0.1 * float(student(images).std())
 
 
+@pytest.mark.parametrize("what", ["softmax", "rim"])
+def test_integer_kernels_that_round_otherwise_are_not_used(what, images, tmp_path):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.then, self.fc = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 5)
+
+        def forward(self, x):
+            x = self.conv(x).relu()
+            x = x * x.softmax(1) if what == "softmax" else F.avg_pool2d(x, 3, 2, 1, ceil_mode=True)
+            return self.fc(self.then(x).relu().mean((2, 3)))
+
+    torch.manual_seed(0)
+    teacher, student = student_of(Net().eval(), images, placement="deploy")
+    delivery = deliver(student, teacher, images, tmp_path / "model.onnx", runtimes=["onnxruntime"], threads=1)
+    assert delivery.verifications[0].exact == 100
+
+
 @pytest.mark.parametrize(
     ("bits", "profile"), [(4, "ort"), (8, "ort"), (4, "openvino"), (8, "openvino"), (8, "tensorrt")]
 )

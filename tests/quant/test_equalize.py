@@ -42,8 +42,19 @@ def narrow() -> nn.Module:
     return nn.Sequential(*layers)
 
 
+def two_classifiers() -> nn.Module:
+    """What the second linear layer reads are the features, which stay as they are."""
+    layers = nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.Flatten(), nn.Linear(2 * 36, 6), nn.ReLU()
+    return nn.Sequential(*layers, nn.Linear(6, 5))
+
+
 @pytest.mark.parametrize(
-    ("build", "names"), [(Inverted, [("expand", "depthwise"), ("depthwise", "project")]), (narrow, [("0", "2")])]
+    ("build", "names"),
+    [
+        (Inverted, [("expand", "depthwise"), ("depthwise", "project")]),
+        (narrow, [("0", "2")]),
+        (two_classifiers, [("0", "2")]),
+    ],
 )
 def test_neighbours_get_the_same_ranges_and_the_function_stays(build, names):
     torch.manual_seed(0)
@@ -106,13 +117,15 @@ def test_a_bias_that_is_not_the_layers_own_keeps_it_as_it_is(kind):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.b, self.fc = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 5, 1)
+            self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 1)
+            self.fc = nn.Linear(8, 5)
             if kind == "tied":
                 self.b.bias = self.a.bias
 
         def forward(self, x):
             bias = self.a.bias if kind == "tied" else self.a.bias * x.mean()
-            return self.fc(torch.relu(self.b(torch.relu(nn.functional.conv2d(x, self.a.weight, bias))))).mean((2, 3))
+            x = torch.relu(nn.functional.conv2d(x, self.a.weight, bias))
+            return self.fc(self.c(torch.relu(self.b(x))).mean((2, 3)))
 
     network, images = capture(Net(), (3, 8, 8)), torch.randn(2, 3, 8, 8)
     before = network(images)

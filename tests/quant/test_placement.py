@@ -78,7 +78,11 @@ def test_cifar_resnet20_has_20_weight_and_19_activation_quantizers(shared_data, 
         (lambda net, x: F.pad(x.relu(), (1, 1, 1, 1), value=2.0), ["conv", "conv.pad"], ["conv"]),
         (lambda net, x: F.pad(x.relu(), (1, 1, 1, 1), mode="reflect"), ["conv"], ["conv"]),
         (lambda net, x: torch.cat(x.relu().chunk(2, 1)[::-1], 1), ["conv", "conv.cat"], ["conv"]),
-        (lambda net, x: x / x.norm(dim=1, keepdim=True).clamp(min=1e-6), None, []),
+        (lambda net, x: x / x.norm(dim=1, keepdim=True).clamp(min=1e-6), ["conv", "conv.div"], []),
+        (lambda net, x: x.relu().clip(0.1, 4), ["conv"], ["conv"]),
+        (lambda net, x: F.threshold(x, 0.0, 0.0), ["conv"], ["conv"]),
+        (lambda net, x: x.multiply(torch.special.expit(x)), ["conv", "conv.sigmoid", "conv.mul"], ["conv.mul"]),
+        (lambda net, x: torch.concat(x.relu().chunk(2, 1)[::-1], 1), ["conv", "conv.cat"], ["conv"]),
         (lambda net, x: x.relu()[:, :, ::2].transpose(2, 3).relu(), ["conv"], ["conv", "conv_2"]),
         (lambda net, x: F.gelu(x) * 2 + 1, ["conv", "conv.gelu", "conv.mul", "conv.add"], ["conv.gelu"]),
         (lambda net, x: torch.topk(x, 3, dim=2).values, ["conv", "conv.topk"], []),
@@ -216,3 +220,27 @@ def test_padded_shortcuts_share_the_grid_of_their_source():
     student = placed(Net(lambda net, x: net.conv2(F.pad(x.relu()[:, :, ::2], (2, 2)))))
     (rounding,) = student.network.graph.find_nodes(op="call_module", target="bias_quantizers.conv2_bias")
     assert rounding.args[1].target == "activation_quantizers.conv.scale"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda net, x: F.normalize(x.relu(), dim=1),
+        lambda net, x: (x - x.mean(1, True)) / torch.sqrt((x - x.mean(1, True)).pow(2).mean(1, True) + 1e-6),
+        lambda net, x: x.relu().clamp(min=1e-6).pow(net.power).mean((2, 3), True).pow(1 / net.power),
+        lambda net, x: x.relu() / (x.relu().sum(1, True) * 2 + 1e-6),
+    ],
+    ids=["normalize", "layer norm", "generalised mean", "linear attention"],
+)
+def test_what_is_divided_by_keeps_its_digits(body):
+    network = Net(body).eval()
+    with torch.no_grad():
+        network.conv.bias[:] = -torch.arange(1.0, 9.0)  # most channels are dead, most divisors near zero
+    network.power = nn.Parameter(torch.tensor(3.0))
+    student, images = of(capture(network, SHAPE), "deploy"), torch.randn(64, *SHAPE)
+    student.calibrate([images])
+    logits = student(images)
+    logits.square().sum().backward()
+    assert logits.isfinite().all()
+    assert all(value.grad.isfinite().all() for value in student.parameters() if value.grad is not None)
+    assert any("keeps its digits near zero" in reason for _, reason in student.left_in_float())

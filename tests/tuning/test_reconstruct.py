@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from mirageq import Distill, Journal, Noise, Scheme, Teacher, UserError, recipe
 from mirageq.pipeline import calibrate
@@ -136,6 +137,37 @@ def test_an_interrupted_run_ends_with_the_same_bits(placement, teacher, source, 
     images = source.sample(8).images
     with torch.no_grad():
         assert torch.equal(whole(images), again(images))
+
+
+class Recurrent(nn.Module):
+    """Two layers that every block calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.fc = nn.Conv2d(3, 6, 3, padding=1), nn.Linear(6, 5)
+        self.first, self.second = nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.eval()
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        for _ in range(3):
+            x = (x + self.second(self.first(x).relu())).relu()
+        return self.fc(x.mean((2, 3)))
+
+
+def test_layers_of_several_blocks_are_settled_once_and_resumed_to_the_same_bits(source, stumbling, tmp_path):
+    torch.manual_seed(0)
+    teacher = Teacher.wrap(Recurrent(), SHAPE)
+    whole, parts, again = (student_of(teacher, source, placement="deploy") for _ in range(3))
+    settings = Reconstruct(**QUICK, bias_lr=1e-2)
+    settings.tune(teacher, whole, source)
+    with pytest.raises(KeyboardInterrupt):  # in the third block, whose layers the second one has settled
+        settings.tune(teacher, parts, source, journal=stumbling(tmp_path, 3))
+    settings.tune(teacher, again, source, journal=Journal(tmp_path))
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+        if name.startswith(("first", "second")):
+            assert torch.equal(value, parts.state_dict()[name]), name
 
 
 def test_a_network_without_blocks_is_taken_layer_by_layer_and_it_is_said(source):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from mirageq.errors import UserError
-from mirageq.graph import WEIGHTED, stored
+from mirageq.graph import WEIGHTED, argument, stored
 from mirageq.quant import Student
 from mirageq.quant.fake_quant import grid
 from mirageq.quant.operations import CLAMPS, kind, limits
@@ -44,6 +44,8 @@ class Profile:
         integer_bias: biases as int32 in steps of the accumulator; otherwise their rounded values in float.
         rounds_before_sums: a layer's output that a sum reads is rounded in float operations, because the runtime would
             leave it unrounded.
+        other_kernels: the runtime has integer kernels of softmax, and of averages over a padded rim, that give other
+            codes; so what follows them is rounded in float operations.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Profile:
     clips: bool = True
     integer_bias: bool = True
     rounds_before_sums: bool = False
+    other_kernels: bool = False
 
     @property
     def fewest_bits(self) -> int:
@@ -60,7 +63,7 @@ class Profile:
 
 
 PROFILES = {
-    "ort": Profile("ort", "onnxruntime"),
+    "ort": Profile("ort", "onnxruntime", other_kernels=True),
     "openvino": Profile("openvino", "openvino", rounds_before_sums=True),
     "tensorrt": Profile("tensorrt", None, symmetric=True, clips=False, integer_bias=False),
 }
@@ -92,6 +95,7 @@ def integer_network(student: Student, profile: Profile) -> GraphModule:
             source, *bounds = rounded_by(node, part, profile.clips)
             node.update_arg(0, source)
             in_float = profile.rounds_before_sums and feeds_sum(source, node)
+            in_float = in_float or (profile.other_kernels and _has_another_kernel(source))
             network.set_submodule(node.target, (_RoundedActivation if in_float else _IntegerActivation)(part, *bounds))
     graph.eliminate_dead_code()
     graph.lint()
@@ -144,6 +148,12 @@ def rounded_by(node: Node, quantizer: ActivationQuantizer, clips: bool = True) -
 def feeds_sum(source: Node, quantizer: Node) -> bool:
     """Whether what lies between a layer and its only reader, a sum, is this quantizer; `source` is what it rounds."""
     return source.target in WEIGHTED and [kind(reader) for reader in quantizer.users] == ["add"]
+
+
+def _has_another_kernel(source: Node) -> bool:
+    """Whether the integer kernel of an operation gives other codes than its float kernel and rounding do."""
+    rim = argument(source, 4, "ceil_mode", False) and argument(source, 5, "count_include_pad", True)
+    return kind(source) in ("softmax", "_softmax") or (kind(source) == "avg_pool2d" and rim)
 
 
 def _replace(network: GraphModule, node: Node, part: nn.Module, name: str) -> None:

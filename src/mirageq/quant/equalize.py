@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from mirageq.graph import WEIGHTED, argument, is_stored, stored, weighted
+from mirageq.graph import WEIGHTED, argument, is_stored, last_layer, stored, weighted
 from mirageq.quant.operations import CLAMPS, kind, limits, only_reader, stored_bias
 from mirageq.quant.remembered import MOMENTS
 
@@ -65,13 +65,19 @@ def equalize(module: GraphModule) -> list[Pair]:
 
 
 def find_pairs(module: GraphModule) -> list[Pair]:
-    """The pairs of neighbours: no other reader in between, no weight or bias read twice, a ReLU at most."""
-    pairs = []
+    """The pairs of neighbours: no other reader in between, no weight or bias read twice, a ReLU at most.
+
+    What the classifier reads stays as it is: the features, which are compared with the teacher's.
+    """
+    pairs: list[Pair] = []
+    last = last_layer(module.graph)
     for layer in weighted(module.graph):
         node, reader = layer, only_reader(layer)
         while reader is not None and kind(reader) in CLAMPS and limits(reader) == (0.0, math.inf):
             node, reader = reader, only_reader(reader)
-        if reader is not None and reader.target in WEIGHTED and reader.args[0] is node and _fit(module, layer, reader):
+        if reader in (None, last) or reader.target not in WEIGHTED or reader.args[0] is not node:
+            continue
+        if _fit(module, layer, reader):
             pairs.append(Pair(layer, reader))
     return pairs
 

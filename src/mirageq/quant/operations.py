@@ -42,6 +42,9 @@ KEEPERS = {
     *(f"{kind}_pad{dimensions}d" for kind in ("reflection", "replication") for dimensions in (1, 2, 3)),
 }
 
+ROOTS = {"sqrt", "rsqrt", "reciprocal", "log"}
+"""Operations that are steep, or have no value, at zero."""
+
 FINISHERS = {"softmax", "_softmax", "log_softmax", "_log_softmax", "sigmoid"}
 """Operations that may come between the logits and the end of the network."""
 
@@ -65,6 +68,24 @@ def keeps_grid(node: Node) -> bool:
     unseen = padding(node) == -math.inf and all(kind(reader).startswith("max_pool") for reader in node.users)
     of_one = name == "cat" and len(node.all_input_nodes) == 1
     return copies or unseen or padding(node) == 0 or name in KEEPERS or of_one
+
+
+def divides(node: Node) -> bool:
+    """Whether a value near zero makes a large one: a divisor, or what a root, a logarithm or a power is taken of.
+
+    As it is, or moved, scaled, guarded and averaged. Such values are guarded by numbers far below a step of any grid.
+    """
+    for reader in node.users:
+        name = kind(reader)
+        by = reader.args[1] if len(reader.args) > 1 else None
+        steep = name == "pow" and reader.args[0] is node and not (isinstance(by, (int, float)) and by >= 1)
+        if steep or name in ROOTS or (name == "div" and by is node):
+            return True
+        computed = [source for source in reader.all_input_nodes if not is_stored(source)]
+        alone = name in CLAMPS | AVERAGES | {"add", "sub", "mul", "div", "sum"} and len(computed) == 1
+        if (alone or keeps_grid(reader)) and divides(reader):
+            return True
+    return False
 
 
 def limits(node: Node) -> tuple[float, float]:

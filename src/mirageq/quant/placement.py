@@ -23,6 +23,7 @@ from mirageq.quant.operations import (
     CURVES,
     FINISHERS,
     INTEGER,
+    divides,
     holds_numbers,
     keeps_grid,
     kind,
@@ -98,7 +99,7 @@ def _after_activation_functions(flow: Flow, tail: list[Node]) -> list[Node]:
 
 
 def _wherever_values_are_new(flow: Flow, tail: list[Node]) -> list[Node]:
-    """The integer runtime's rule: each tensor is on a grid, once."""
+    """The integer runtime's rule: each tensor is on a grid, once; but for divisors, whose guards no grid holds."""
     quantized: list[Node] = []
     on_grid: set[Node] = set()
     positive = _never_negative(flow)
@@ -107,7 +108,9 @@ def _wherever_values_are_new(flow: Flow, tail: list[Node]) -> list[Node]:
         identity = kind(node) == "relu" and source in positive
         if (keeps_grid(node) or identity) and source in on_grid:
             on_grid.add(node)
-        elif node not in tail and not _cut_by_next(node) and isinstance(node.meta["val"], torch.Tensor):
+        elif node in tail or _cut_by_next(node) or divides(node):
+            continue
+        elif isinstance(node.meta["val"], torch.Tensor):
             quantized.append(node)
             on_grid.add(node)
     return quantized
@@ -227,7 +230,9 @@ def _left_by_deploy(graph: Graph, flow: Flow, grids: dict[Node, Node], tail: lis
     left = []
     for node in flow:
         name = kind(node)
-        if name not in INTEGER and name != "image" and not keeps_grid(node) and node not in tail:
+        if divides(node) and not keeps_grid(node):
+            left.append((name_of(node, flow), "it keeps its digits near zero: it is a divisor, or under a root"))
+        elif name not in INTEGER and name != "image" and not keeps_grid(node) and node not in tail:
             left.append((name_of(node, flow), f"{name} is computed in float, between two quantizers"))
         if (bias := stored_bias(node)) is not None and node.args[0] not in grids:
             left.append((bias.target, "the layer's input is in float, so there is no step to round to"))

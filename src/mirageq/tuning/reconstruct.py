@@ -165,20 +165,24 @@ class Reconstruct:
             journal.stage("reconstruct", len(blocks), start=done) as advance,
         ):
             full = quantized = Cache(images, Path(folder), self.cache_bytes // LIVING_CACHES)
+            settled: set[str] = set()
             for index, (block, twin) in enumerate(zip(blocks, meant, strict=True)):
                 target = full.through(between(reference, twin.start, twin.end), device)
                 if index >= done:
                     if len(block.layers) <= self.most_layers:
-                        before, after = self._fit(network, block, quantized, full, target, seed)
+                        before, after = self._fit(network, block, quantized, full, target, seed, settled)
                     else:
                         sides = (network, block, quantized), (reference, twin, full)
-                        before, after = self._fit_layers(*sides, seed, journal)
+                        before, after = self._fit_layers(*sides, seed, settled, journal)
                     advance(index, before=before, after=after)
                     checkpoint.save({"student": student.state_dict(), "done": index + 1})
-                full = target
-                quantized = quantized.through(between(network, block.start, block.end), device)
+                full, run = target, between(network, block.start, block.end)
+                settled |= {name for name, _ in run.named_parameters()}
+                quantized = quantized.through(run, device)
 
-    def _fit_layers(self, student: Side, reference: Side, seed: int, journal: Journal) -> tuple[float, float]:
+    def _fit_layers(
+        self, student: Side, reference: Side, seed: int, settled: set[str], journal: Journal
+    ) -> tuple[float, float]:
         """Fit the layers of a block one by one; the sums of their mean squared errors before and after."""
         (network, block, quantized), (untouched, twin, full) = student, reference
         journal.say(
@@ -191,17 +195,26 @@ class Reconstruct:
             seen = quantized.through(between(network, block.start, single.start), device)
             wanted = full.through(between(untouched, twin.start, meant.start), device)
             given = wanted.through(between(untouched, meant.start, meant.end), device)
-            errors.append(self._fit(network, single, seen, wanted, given, seed))
+            errors.append(self._fit(network, single, seen, wanted, given, seed, settled))
+            settled = settled | {name for name, _ in between(network, single.start, single.end).named_parameters()}
         return sum(before for before, _ in errors), sum(after for _, after in errors)
 
     def _fit(
-        self, network: GraphModule, block: Block, quantized: Cache, full: Cache, target: Cache, seed: int
+        self,
+        network: GraphModule,
+        block: Block,
+        quantized: Cache,
+        full: Cache,
+        target: Cache,
+        seed: int,
+        settled: set[str],
     ) -> tuple[float, float]:
+        """Fit a block, but not the tensors that an earlier one reads too; its mean squared errors before and after."""
         run = between(network, block.start, block.end)
         before = _error(run, quantized, target)
         generator = stream(seed, "reconstruct", block.name)
         dropping = Dropping(self.drop, generator)
-        weights, activations = self._soften(network, run, dropping)
+        weights, activations = self._soften(network, run, dropping, settled)
         groups: list[dict[str, Any]] = [{"params": [part.up for part in weights.values()]}]
         groups += [
             {"params": [part.factor for part in parts.values()], "rate": rate}
@@ -209,7 +222,7 @@ class Reconstruct:
             if rate
         ]
         if self.bias_lr:
-            biases = [value for value in run.parameters() if value.dim() == 1]
+            biases = [value for name, value in run.named_parameters() if value.dim() == 1 and name not in settled]
             groups.append({"params": biases, "rate": self.bias_lr})
         device = next(network.parameters()).device
         optimizer = torch.optim.Adam(groups, lr=self.lr, fused=True)
@@ -219,7 +232,7 @@ class Reconstruct:
             wanted = target.take(chosen).to(device)
             loss = (run(x) - wanted).square().sum() / (self.batch_size * _sites(target))  # mse_loss loses the layout
             decided = step / self.steps
-            if decided >= 0.2:
+            if weights and decided >= 0.2:
                 sharpness = cosine(20.0, 2.0, (decided - 0.2) / 0.8)
                 loss = (
                     loss
@@ -239,14 +252,15 @@ class Reconstruct:
             soft.settle(network.get_submodule(node.target))
         return before, _error(between(network, block.start, block.end), quantized, target)
 
-    def _soften(self, network: GraphModule, run: GraphModule, dropping: Dropping):
-        """Put learning quantizers in the place of those that a block calls."""
+    def _soften(self, network: GraphModule, run: GraphModule, dropping: Dropping, settled: set[str]):
+        """Put learning quantizers in the place of those that a block calls, but for weights that are `settled`."""
         weights: dict[Node, SoftWeight] = {}
         activations: dict[Node, DroppingActivation] = {}
         for node in run.graph.find_nodes(op="call_module"):
             part = network.get_submodule(node.target)
             if isinstance(part, WeightQuantizer):
-                if node.target not in {other.target for other in weights}:  # a layer may be read twice
+                twice = node.target in {other.target for other in weights}
+                if not twice and node.args[0].target not in settled:
                     weight = stored(network, node.args[0])
                     weights[node] = SoftWeight(part, weight, bool(self.weight_scale_lr))
             elif isinstance(part, ActivationQuantizer):
