@@ -5,8 +5,7 @@ import torch
 from torch import nn
 from torch.export import Dim, export
 
-from mirageq import capture as capture_module
-from mirageq import graph
+from mirageq import canonical, graph
 from mirageq.capture import capture, load_exported, on_device
 from mirageq.errors import UserError
 from mirageq.storage import network_hash
@@ -334,8 +333,8 @@ def test_weights_that_a_norm_standardises_are_computed_once():
 
 def test_computed_weights_are_known_by_what_they_are_computed_from(monkeypatch):
     network = nn.Sequential(StandardisedByNorm(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(784, 5)).eval()
-    own, compute = network_hash(Teacher.wrap(network, SHAPE)), capture_module._value
-    monkeypatch.setattr(capture_module, "_value", lambda *steps: compute(*steps) * (1 + 1e-7))  # as elsewhere
+    own, compute = network_hash(Teacher.wrap(network, SHAPE)), canonical._value
+    monkeypatch.setattr(canonical, "_value", lambda *steps: compute(*steps) * (1 + 1e-7))  # as elsewhere
     assert network_hash(Teacher.wrap(network, SHAPE)) == own
     with torch.no_grad():
         network[0].weight += 1e-3 * torch.randn_like(network[0].weight)

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mirageq.capture import COMPUTED_FROM
+from mirageq.canonical import COMPUTED_FROM
 from mirageq.errors import UserError, first_line
 from mirageq.folders import replacing
 from mirageq.hashing import hash_tensors
