@@ -50,7 +50,8 @@ def test_an_unknown_name_is_said(command, capsys):
 
 def test_a_method_may_lie_in_the_working_folder(tmp_path, monkeypatch, capsys):
     (tmp_path / "beside_me.py").write_text(
-        '"""Mine: nothing."""\n\nfrom dataclasses import dataclass\n\n@dataclass(frozen=True, kw_only=True)\nclass Mine:\n'
+        '"""Mine: nothing."""\n\nfrom dataclasses import dataclass\n\n'
+        "@dataclass(frozen=True, kw_only=True)\nclass Mine:\n"
         "    def synthesize(self, teacher, count, *, seed=0, journal=None): ...\n"
     )
     monkeypatch.chdir(tmp_path)
