@@ -16,7 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from mirageq.errors import UserError
-from mirageq.graph import BATCH_NORM, WEIGHTED, argument, aten, free_name, is_stored, padding, share, stored
+from mirageq.graph import BATCH_NORM, WEIGHTED, argument, aten, free_name, is_stored, kind, padding, share, stored
 from mirageq.hashing import hash_tensors
 
 OTHER_NAMES = {"clip": "clamp", "concat": "cat", "concatenate": "cat", "special_expit": "sigmoid", "multiply": "mul"}
@@ -69,9 +69,8 @@ def canonical(module: GraphModule) -> GraphModule:
 def _rename(node: Node) -> None:
     """Call an operation by the name that is known here."""
     if isinstance(node.target, torch._ops.OpOverload):
-        own = node.target._schema.name.rpartition("::")[2]
-        if own in OTHER_NAMES:
-            node.target = getattr(getattr(aten, OTHER_NAMES[own]), node.target._overloadname)
+        if kind(node) in OTHER_NAMES:
+            node.target = getattr(getattr(aten, OTHER_NAMES[kind(node)]), node.target._overloadname)
         elif node.target is aten.threshold.default and tuple(node.args[1:]) == (0, 0):
             node.target, node.args = aten.relu.default, node.args[:1]
 

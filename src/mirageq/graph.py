@@ -42,6 +42,15 @@ def is_stored(value: object) -> bool:
     return isinstance(value, Node) and value.op == "get_attr"
 
 
+def kind(node: Node) -> str:
+    """The plain name of a node's operation: "conv2d", "add", "relu", "image"."""
+    if node.op == "placeholder":
+        return "image"
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.name.rpartition("::")[2]
+    return "getitem" if node.target is operator.getitem else str(node.target)
+
+
 def argument(node: Node, position: int, name: str, default: Any) -> Any:
     """What a node gives its operation for an argument, by position or by name."""
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)

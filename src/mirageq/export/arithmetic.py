@@ -19,9 +19,9 @@ from torch.fx import GraphModule, Node
 
 from mirageq.export.emit import feeds_sum, rounded_by
 from mirageq.export.kernels import KERNELS, Kernels, Requantization, Rounding
-from mirageq.graph import LINEAR, WEIGHTED, is_stored, stored
+from mirageq.graph import LINEAR, WEIGHTED, is_stored, kind, stored
 from mirageq.quant import Student
-from mirageq.quant.operations import keeps_grid, kind, main_input
+from mirageq.quant.operations import keeps_grid, main_input
 from mirageq.quant.quantizers import ActivationQuantizer, BiasQuantizer, WeightQuantizer
 
 

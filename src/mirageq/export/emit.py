@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from mirageq.errors import UserError
-from mirageq.graph import WEIGHTED, argument, stored
+from mirageq.graph import WEIGHTED, argument, kind, stored
 from mirageq.quant import Student
 from mirageq.quant.fake_quant import grid
-from mirageq.quant.operations import CLAMPS, kind, limits
+from mirageq.quant.operations import CLAMPS, limits
 from mirageq.quant.quantizers import ActivationQuantizer, BiasQuantizer, WeightQuantizer
 
 OPSET = 21

@@ -16,9 +16,8 @@ from torch import nn
 
 from mirageq.errors import UserError
 from mirageq.export.emit import OPSET, PROFILES, integer_network, packable
-from mirageq.graph import free_name
+from mirageq.graph import free_name, kind
 from mirageq.quant import Student
-from mirageq.quant.operations import kind
 from mirageq.quant.placement import activations, name_of
 from mirageq.teacher import Teacher
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from mirageq.graph import WEIGHTED, argument, is_stored, last_layer, stored, weighted
-from mirageq.quant.operations import CLAMPS, kind, limits, only_reader, stored_bias
+from mirageq.graph import WEIGHTED, argument, is_stored, kind, last_layer, stored, weighted
+from mirageq.quant.operations import CLAMPS, limits, only_reader, stored_bias
 from mirageq.quant.remembered import MOMENTS
 
 ROUNDS = 20

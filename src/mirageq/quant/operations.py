@@ -6,12 +6,11 @@
 from __future__ import annotations
 
 import math
-import operator
 
 import torch
 from torch.fx import Node
 
-from mirageq.graph import WEIGHTED, argument, is_stored, padding
+from mirageq.graph import WEIGHTED, argument, is_stored, kind, padding
 
 CLAMPS = {"relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max"}
 """Activation functions that only cut off: an integer runtime does them while it rounds the operation before."""
@@ -47,15 +46,6 @@ ROOTS = {"sqrt", "rsqrt", "reciprocal", "log"}
 
 FINISHERS = {"softmax", "_softmax", "log_softmax", "_log_softmax", "sigmoid"}
 """Operations that may come between the logits and the end of the network."""
-
-
-def kind(node: Node) -> str:
-    """The plain name of a node's operation: "conv2d", "add", "relu", "image"."""
-    if node.op == "placeholder":
-        return "image"
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.name.rpartition("::")[2]
-    return "getitem" if node.target is operator.getitem else str(node.target)
 
 
 def keeps_grid(node: Node) -> bool:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
-from mirageq.graph import BATCH_NORM, WEIGHTED, free_name, is_stored, layer_name
+from mirageq.graph import BATCH_NORM, WEIGHTED, free_name, is_stored, kind, layer_name
 from mirageq.quant.operations import (
     AVERAGES,
     CLAMPS,
@@ -26,7 +26,6 @@ from mirageq.quant.operations import (
     divides,
     holds_numbers,
     keeps_grid,
-    kind,
     limits,
     main_input,
     only_reader,
