@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from mirageq.process import ask_for_huge_pages
+
 PROGRAM = """
 import resource, torch
 from mirageq.process import keep_freed_memory
@@ -39,6 +41,16 @@ def test_freed_memory_is_used_again_without_faulting_it_in():
     if usual < 100_000:
         pytest.skip("the system gives huge pages unasked, and there is nothing to win")
     assert _faults(keep=True) < usual / 10
+
+
+def test_processes_ask_for_huge_pages_unless_the_environment_says_otherwise(monkeypatch):
+    monkeypatch.setenv("GLIBC_TUNABLES", "")  # put back afterwards, whatever it was
+    monkeypatch.delenv("GLIBC_TUNABLES")
+    ask_for_huge_pages()
+    assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=1")
+    ask_for_huge_pages()
+    assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.check=1"
 
 
 def test_the_command_line_computes_in_float32():

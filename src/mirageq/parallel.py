@@ -23,7 +23,7 @@ from mirageq.folders import file_name, write_text
 from mirageq.models import NetworkChoice, load_teacher
 from mirageq.pipeline import untuned
 from mirageq.plan import Cell, Plan
-from mirageq.process import compute_in_float32, end_with_parent, keep_freed_memory
+from mirageq.process import ask_for_huge_pages, compute_in_float32, end_with_parent, keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ def fill_in_parallel(setting: Setting, jobs: int, console: Console, only: Sequen
     """
     to_do, running, errors = _tasks(setting, only), dict[Task, BaseProcess](), []
     threads = max(torch.get_num_threads() // jobs, 1)
+    ask_for_huge_pages()
     try:
         while to_do or running:
             awaited = {task.images for task in (*to_do, *running) if task.only_images}
