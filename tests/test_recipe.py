@@ -166,6 +166,15 @@ def test_a_part_without_a_name_is_what_its_method_has_there_by_itself():
     assert recipe.build(named).method.second == IntraQ()  # nothing of ZeroQ's
 
 
+def test_a_setting_that_is_none_where_it_is_not_by_default_is_told():
+    @dataclass(frozen=True, kw_only=True)
+    class Own(Noise):
+        most: int | None = 5
+
+    assert recipe.describe_part(Own(most=None))["most"] is None
+    assert recipe.settings(Own, {"most": None}, "method") == Own(most=None)
+
+
 def test_settings_that_no_record_can_hold_are_told():
     @dataclass(frozen=True, kw_only=True)
     class Own(Noise):

@@ -213,13 +213,16 @@ def settings(kind: type, values: Table, where: str) -> Any:
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, "settings", skip=set(known) - set(values))
-    for name, value in plain.items():
-        try:
-            parser.parse_object({"settings": {name: value, **{other: plain[other] for other in needed}}})
-        except Exception as error:
-            hint = get_type_hints(kind).get(name, known[name].annotation)
-            raise UserError(f"{where}: '{name}' expects {in_words(hint)}; got {value!r}.") from error
-    parsed = parser.parse_object({"settings": plain}).settings
+    try:
+        parsed = parser.parse_object({"settings": plain}).settings
+    except Exception as error:
+        for name, value in plain.items():  # which of them was it?
+            try:
+                parser.parse_object({"settings": {name: value, **{other: plain[other] for other in needed}}})
+            except Exception:
+                hint = get_type_hints(kind).get(name, known[name].annotation)
+                raise UserError(f"{where}: '{name}' expects {in_words(hint)}; got {value!r}.") from error
+        raise
     return kind(**{name: parsed[name] for name in values})
 
 
@@ -260,6 +263,7 @@ def _name(registry: dict[str, type], value: object) -> str:
 
 def _values(value: object) -> Table:
     plain = asdict(value)  # type: ignore[call-overload]
+    defaults = {each.name: each.default for each in fields(value)}  # type: ignore[arg-type]
     for key, item in plain.items():
         try:
             json.dumps(item)
@@ -268,4 +272,5 @@ def _values(value: object) -> Table:
                 f"The setting '{key}' of {type(value).__qualname__} is {item!r}, which no record can hold; settings "
                 "are numbers, texts, truth values and lists of them."
             ) from error
-    return {key: list(item) if isinstance(item, tuple) else item for key, item in plain.items() if item is not None}
+    told = {key: item for key, item in plain.items() if item is not None or defaults[key] is not None}
+    return {key: list(item) if isinstance(item, tuple) else item for key, item in told.items()}
