@@ -5,7 +5,7 @@ import torch
 
 from mirageq.errors import UserError
 from mirageq.quant.fake_quant import affine_parameters, fake_quantize, grid
-from mirageq.quant.ranges import HISTOGRAM_BINS, SHRINKS, Histogram, range_observer, weight_range
+from mirageq.quant.ranges import HISTOGRAM_BINS, SHRINKS, Histogram, Percentile, range_observer, weight_range
 
 KINDS = ("minmax", "ema", "percentile", "mse")
 
@@ -91,6 +91,14 @@ def test_mse_range_is_no_worse_than_minmax_and_near_the_best(bits, symmetric):
     best = min(squared_error(x, lo * shrink, hi * shrink, bits, symmetric) for shrink in SHRINKS)
     assert mine <= squared_error(x, lo, hi, bits, symmetric)
     assert mine <= best * 1.05
+
+
+def test_a_percentile_counts_beyond_what_float32_can():
+    observer = Percentile("layer", 100.0)
+    observer.update(torch.tensor([-2.0, 50.0]))
+    observer.histogram.counts[observer.histogram.counts.argmax()] += 2**24 - 1
+    lo, hi = observer.range()
+    assert (float(lo), float(hi)) == (-2.0, 50.0)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

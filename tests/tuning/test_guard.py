@@ -30,6 +30,14 @@ def test_it_lowers_the_rate_three_times_and_then_gives_up():
     assert isinstance(error.value, UserError)
 
 
+@pytest.mark.parametrize("least", [0.0, -1e-6, 1e-7])
+def test_a_divergence_that_is_rounded_to_nothing_is_no_measure(least):
+    guard = DivergenceGuard()
+    assert not any(guard.alarmed_by(loss) for loss in [least, *[1e-5] * 50])
+    assert guard.calm(guard.every)
+    assert any(guard.alarmed_by(0.1) for _ in range(5))
+
+
 def test_losses_of_a_run_that_was_taken_back_are_no_measure():
     guard = DivergenceGuard()
     guard.alarmed_by(0.1)

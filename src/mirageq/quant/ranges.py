@@ -1,7 +1,8 @@
 """Where to cut: the range [lo, hi] of a tensor that the integer grid will cover.
 
 Weights are seen whole (`weight_range`). Activations are seen batch by batch by an observer, which is asked for its
-range at the end; an observer lives only while a student is being calibrated.
+range at the end; an observer lives only while a student is being calibrated. Percentiles and least squared errors are
+those of Nagel et al., "A White Paper on Neural Network Quantization", 2021, sec. 3.1.
 """
 
 from __future__ import annotations
@@ -133,8 +134,9 @@ class Percentile:
         lo, hi = self.extremes.range()
         counts, left = self.histogram.counts, self.histogram.left_edges()
         reached = counts.cumsum(0)
-        outside = counts.sum() * (1 - self.percentile / 100)
-        first, last = (reached > outside).nonzero()[0, 0], (reached >= counts.sum() - outside).nonzero()[0, 0]
+        total = int(reached[-1])
+        outside = int(total * (1 - self.percentile / 100))  # whole numbers: float32 ends to count at 2^24
+        first, last = (reached > outside).nonzero()[0, 0], (reached >= total - outside).nonzero()[0, 0]
         return torch.maximum(lo, left[first]), torch.minimum(hi, left[last] + self.histogram.width)
 
 

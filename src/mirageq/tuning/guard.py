@@ -25,12 +25,14 @@ class DivergenceGuard:
         retreat: factor on the rate at each alarm.
         patience: alarms that are borne; one more raises `TuningDiverged`.
         every: steps between two good states worth keeping.
+        floor: what the lowest loss counts as at least: a divergence of nothing is rounded to either side of zero.
     """
 
     explosion: float = 10.0
     retreat: float = 0.1
     patience: int = 3
     every: int = 50
+    floor: float = 1e-4
     smoothing: float = 0.9
     smoothed: float = math.nan
     lowest: float = math.inf
@@ -45,7 +47,7 @@ class DivergenceGuard:
         smoothed = self.smoothing * self.smoothed + (1 - self.smoothing) * loss if known else loss
         if smoothed > self.explosion * self.lowest:
             return True
-        self.smoothed, self.lowest = smoothed, min(self.lowest, smoothed)
+        self.smoothed, self.lowest = smoothed, min(self.lowest, max(smoothed, self.floor))
         return False
 
     def back_off(self, step: int, loss: float, lr: float) -> str:
