@@ -92,6 +92,23 @@ def test_an_equalized_student_computes_what_the_teacher_does_and_remembers_its_m
     assert scale != float(plain.activation_quantizers["expand"].scale)
 
 
+def test_a_linear_layer_of_maps_reads_columns_and_no_channels():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.columns, self.fc = nn.Conv2d(3, 8, 1), nn.Linear(8, 8), nn.Linear(8, 5)
+
+        def forward(self, x):
+            return self.fc(self.columns(torch.relu(self.conv(x))).mean((2, 3)))
+
+    assert find_pairs(capture(Net(), SHAPE)) == []
+
+
+def test_a_network_in_which_nothing_can_be_equalized_is_told():
+    with pytest.raises(UserError, match="Nothing can be equalized.*Leave out scheme.equalize"):
+        convert(capture(TinyResNet(), SHAPE), Scheme(placement="deploy", equalize=True))
+
+
 def test_equalization_needs_folded_norms():
     with pytest.raises(UserError, match="needs the placement 'deploy'"):
         Scheme(equalize=True)

@@ -53,8 +53,6 @@ def test_symmetry_is_the_placements_habit_unless_given():
     assert not Scheme().symmetric_weights
     assert Scheme(placement="deploy").symmetric_weights
     assert not Scheme(placement="deploy", weight_symmetric=False).symmetric_weights
-    assert not Scheme(placement="deploy").symmetric_activations
-    assert Scheme(activation_symmetric=True).symmetric_activations
 
 
 def test_a_scheme_is_plain_values():

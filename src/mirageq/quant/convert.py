@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from dataclasses import replace
 from itertools import takewhile
 
 from torch import nn
@@ -39,7 +40,8 @@ def convert(network: GraphModule, scheme: Scheme) -> Student:
         The student. Weights, biases and BatchNorm's scale and shift require gradients; running statistics are buffers.
 
     Raises:
-        UserError: there is no convolution or linear layer, a norm that cannot be folded, or none to take ranges from.
+        UserError: there is no convolution or linear layer, a norm that cannot be folded, none to take ranges from, or
+            nothing to equalize.
 
     Example:
         >>> student = convert(capture(model, (3, 32, 32)), Scheme(weight_bits=4, activation_bits=4))
@@ -57,8 +59,11 @@ def convert(network: GraphModule, scheme: Scheme) -> Student:
         remember_moments(module)
     if scheme.placement == "deploy":
         module = fold_batch_norms(module)
-    if scheme.equalize:
-        equalize(module)
+    if scheme.equalize and not equalize(module):
+        raise UserError(
+            "Nothing can be equalized: nowhere in this network does one layer feed another one alone, with at most a "
+            "ReLU between them (a ReLU6 does not count). Leave out scheme.equalize."
+        )
     for parameter in module.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     graph = module.graph
@@ -82,6 +87,14 @@ def convert(network: GraphModule, scheme: Scheme) -> Student:
     graph.eliminate_dead_code()
     graph.lint()
     return Student(share(module, graph), scheme, planned.left_in_float, float_bytes)
+
+
+def float_twin(network: GraphModule, scheme: Scheme) -> Student:
+    """A student of the graph that `convert` gives, node by node: `in_float` it shows what its nodes were meant to give.
+
+    Its own grids mean nothing, so none is searched for.
+    """
+    return convert(network, replace(scheme, weight_range="minmax", learned_steps=False))
 
 
 def _special_bits(
@@ -134,7 +147,7 @@ def _insert_quantizer(
     module: GraphModule, node: Node, name: str, bits: int, scheme: Scheme, readers: list[Node]
 ) -> tuple[str, Node]:
     """Let `readers` of a node read it through a new quantizer: its path and its node."""
-    symmetric, learned = scheme.symmetric_activations, scheme.learned_steps
+    symmetric, learned = scheme.activation_symmetric, scheme.learned_steps
     quantizer = ActivationQuantizer(name, bits, symmetric, scheme.clip_gradient, learned)
     path = _add(module, "activation_quantizers", name, quantizer)
     with module.graph.inserting_after(node):

@@ -4,6 +4,8 @@ relu(s x) = s relu(x) for s > 0, so what one layer divides a channel by, the nex
 s = sqrt(r1 / r2), r1 and r2 the largest weights of the channel on either side, both sides end up with the range
 sqrt(r1 r2), and no channel wastes the tensor's grid on another (Nagel et al., ICCV 2019, eqs. 7-11). Matters where one
 grid serves many channels: activations, always.
+Differences from the paper: large biases are not absorbed by the next layer, and no ReLU6 is replaced by a ReLU, which
+would change the function: layers with one between them keep their ranges.
 """
 
 # fx types an argument of a node as a union of everything:
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from mirageq.graph import WEIGHTED, argument, is_stored, kind, last_layer, stored, weighted
+from mirageq.graph import LINEAR, WEIGHTED, argument, is_stored, kind, last_layer, stored, weighted
 from mirageq.quant.operations import CLAMPS, limits, only_reader, stored_bias
 from mirageq.quant.remembered import MOMENTS
 
@@ -89,7 +91,8 @@ def _fit(module: GraphModule, first: Node, second: Node) -> bool:
     if not all(is_stored(value) and len(value.users) == 1 for value in changed):
         return False
     outputs, inputs = stored(module, first.args[1]).shape[0], stored(module, second.args[1]).shape
-    same_kind = first.meta["val"].dim() == second.meta["val"].dim()
+    ranks = [layer.meta["val"].dim() for layer in (first, second)]  # a linear layer of maps reads columns, not channels
+    same_kind = ranks[0] == ranks[1] and (ranks[0] == 2 or (first.target is LINEAR) == (second.target is LINEAR))
     depthwise = inputs[1] == 1 and inputs[0] == outputs and len(inputs) > 2
     return same_kind and (inputs[1] == outputs or depthwise)
 

@@ -33,7 +33,7 @@ class Scheme:
             report it; "deploy" quantizes every tensor that an integer runtime touches, with BatchNorm folded away,
             the image in 8 bits and biases in int32.
         weight_symmetric: None: as the placement does it (paper: False, deploy: True).
-        activation_symmetric: None: False in both placements.
+        activation_symmetric: whether activations have symmetric grids.
         weight_range: "minmax" follows the weights as they are trained; "percentile" and "mse" are set once.
         activation_range: found by `Student.calibrate`.
         ranges_from: what calibration shows the activations: the images as they are, or (needing none, so noise will do)
@@ -60,7 +60,7 @@ class Scheme:
     residual_bits: int | None = None
     placement: Placement = "paper"
     weight_symmetric: bool | None = None
-    activation_symmetric: bool | None = None
+    activation_symmetric: bool = False
     weight_range: WeightRange = "minmax"
     activation_range: ActivationRange = "ema"
     ranges_from: RangesFrom = "images"
@@ -94,11 +94,6 @@ class Scheme:
     def symmetric_weights(self) -> bool:
         """Whether weights use a symmetric grid, the placement's habit included."""
         return self.placement == "deploy" if self.weight_symmetric is None else self.weight_symmetric
-
-    @property
-    def symmetric_activations(self) -> bool:
-        """Whether activations use a symmetric grid, the placement's habit included."""
-        return bool(self.activation_symmetric)
 
 
 def parse_bits(text: str) -> tuple[int, int]:
