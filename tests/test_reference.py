@@ -5,12 +5,18 @@ import pytest
 from mirageq import cli, recipe, reference
 from mirageq.methods import METHODS
 from mirageq.quant import Scheme
+from mirageq.testing import CARD_HEADINGS
 from mirageq.tuning import TUNERS
 
 
 @pytest.mark.parametrize("kind", [*METHODS.values(), *TUNERS.values(), Scheme], ids=lambda kind: kind.__name__)
 def test_every_setting_says_what_it_means(kind):
     assert [name for name, meaning in reference.meanings(kind).items() if not meaning] == []
+
+
+@pytest.mark.parametrize("kind", TUNERS.values(), ids=lambda kind: kind.__name__)
+def test_tuners_have_cards_as_methods_have(kind):
+    assert [heading for heading in CARD_HEADINGS if heading.split()[0] not in reference.card(kind)] == []
 
 
 def test_settings_are_told_with_type_default_and_meaning(capsys):

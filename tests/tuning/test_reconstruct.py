@@ -185,6 +185,56 @@ def test_a_network_without_blocks_is_taken_layer_by_layer_and_it_is_said(source)
         assert quantizer(weight)[0] == pytest.approx(weight, abs=1e-6)
 
 
+def test_of_a_network_without_blocks_it_is_said_which_layers_are_left(sequence_first):
+    teacher = Teacher.wrap(sequence_first, SHAPE)
+    source, journal = Noise().synthesize(teacher, 64), Journal()
+    student = student_of(teacher, source, placement="deploy")
+    Reconstruct(**QUICK, layers_per_block=1, most_layers=2).tune(teacher, student, source, journal=journal)
+    (note,) = [row["text"] for row in journal.history if row["stage"] == "note"]
+    assert "Between 'a' and 'b' no block" in note
+    assert "0 of its 3 layers are reconstructed one by one, and the others not." in note
+
+
+def test_weights_that_are_buffers_are_reconstructed_too(source):
+    class Fixed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("first", torch.randn(8, 3, 3, 3))
+            self.fc = torch.nn.Linear(8, 5)
+
+        def forward(self, x):
+            return self.fc(torch.relu(torch.nn.functional.conv2d(x, self.first)).mean((2, 3)))
+
+    teacher = Teacher.wrap(Fixed(), SHAPE)
+    student, images = student_of(teacher, source), source.sample(64).images
+    before = (student(images) - teacher(images)).square().mean()
+    Reconstruct(**QUICK, layers_per_block=1).tune(teacher, student, source)
+    assert (student(images) - teacher(images)).square().mean() < before
+
+
+@pytest.mark.parametrize("bias_lr", [0.0, 1e-3])
+def test_no_gradient_is_left_behind(teacher, source, bias_lr):
+    student = student_of(teacher, source)
+    Reconstruct(**QUICK, bias_lr=bias_lr).tune(teacher, student, source)
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in student.parameters())
+
+
+def test_roundings_begin_to_decide_after_a_fifth_and_ever_more_sharply(teacher, source, monkeypatch):
+    asked, indecision = [], SoftWeight.indecision
+
+    def noted(self, sharpness):
+        asked.append(sharpness)
+        return indecision(self, sharpness)
+
+    monkeypatch.setattr(SoftWeight, "indecision", noted)
+    Reconstruct(**{**QUICK, "steps": 50}).tune(teacher, student_of(teacher, source), source)
+    assert len(asked) == 40 * 4  # layers
+    steps = list(dict.fromkeys(asked))
+    assert len(steps) == 40
+    assert steps == sorted(steps, reverse=True)
+    assert (steps[0], steps[-1]) == (20.0, pytest.approx(2.0, abs=0.1))
+
+
 def test_activations_beyond_the_limit_lie_in_a_file_and_change_nothing(teacher, source, monkeypatch):
     images = source.sample(8).images
     results, files = [], []
@@ -256,6 +306,16 @@ def test_dropping_leaves_numbers_out_at_its_rate():
     assert (dropped != (dropping(x) == x)).float().mean() == pytest.approx(2 * 0.3 * 0.7, abs=0.02)  # anew at each call
     assert dropping(x).stride() == x.stride()
     assert torch.equal(DroppingActivation(quantizer, Dropping(0.0, torch.Generator()))(x), quantizer(x))
+
+
+@pytest.mark.parametrize("layouts", [(torch.contiguous_format,) * 2, (torch.channels_last, torch.contiguous_format)])
+def test_what_a_block_reads_is_mixed_from_both_networks_number_by_number(layouts):
+    quantized, full = (torch.randn(8, 6, 10, 9).contiguous(memory_format=layout) for layout in layouts)
+    mixed = Dropping(0.3, torch.Generator().manual_seed(0))(quantized, full)
+    stays = mixed == full
+    assert torch.equal(mixed, torch.where(stays, full, quantized))
+    assert stays.float().mean() == pytest.approx(0.3, abs=0.03)
+    assert torch.equal(Dropping(0.0, torch.Generator())(quantized, full), quantized)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

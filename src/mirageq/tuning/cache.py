@@ -21,14 +21,16 @@ class Cache:
 
     Args:
         values: a tensor, or rows in a file.
-        folder: where what `through` makes is kept,
-        limit: if it takes more bytes than this.
+        folder: where they are kept, and what `through` makes of them,
+        limit: if they take more bytes than this.
     """
 
     def __init__(self, values: Tensor | Spilled, folder: Path, limit: int) -> None:
+        self._folder, self._limit = folder, limit
         if isinstance(values, Tensor):
-            values = values.contiguous(memory_format=_layout(values.dim()))
-        self._values, self._folder, self._limit = values, folder, limit
+            fits = self._fits(values.shape)
+            values = values.contiguous(memory_format=_layout(values.dim())) if fits else _spilled(values, folder)
+        self._values = values
 
     @property
     def shape(self) -> torch.Size:
@@ -52,11 +54,13 @@ class Cache:
             result = run(self.take(chosen).to(device)).float().cpu()
             if room is None:
                 shape = torch.Size((len(self), *result.shape[1:]))
-                fits = FLOAT_BYTES * math.prod(shape) <= self._limit
-                room = _empty(shape) if fits else Spilled(shape, self._folder)
+                room = _empty(shape) if self._fits(shape) else Spilled(shape, self._folder)
             room[start : start + len(result)] = result
         assert room is not None
         return Cache(room, self._folder, self._limit)
+
+    def _fits(self, shape: torch.Size) -> bool:
+        return FLOAT_BYTES * math.prod(shape) <= self._limit
 
 
 class Spilled:
@@ -77,6 +81,13 @@ class Spilled:
     def __setitem__(self, place: slice, values: Tensor) -> None:
         self._file.seek(place.start * self._row_bytes)
         self._file.write(_as_they_lie(values).contiguous().numpy().tobytes())
+
+
+def _spilled(values: Tensor, folder: Path) -> Spilled:
+    room = Spilled(values.shape, folder)
+    for start in range(0, len(values), CHUNK):
+        room[start : start + CHUNK] = values[start : start + CHUNK]
+    return room
 
 
 def _empty(shape: torch.Size) -> Tensor:

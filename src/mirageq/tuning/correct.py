@@ -7,8 +7,10 @@ variance are moved by as much as its input's moments moved.
 Reference: bias correction (Nagel et al., ICCV 2019, sec. 4.2, the empirical form); batch-norm re-estimation (Sun et
 al., "Hybrid 8-bit floating point training", NeurIPS 2019), here on synthetic images.
 Differences: norms are not given the synthetic images' own moments, which a synthetic set gets wrong, but the remembered
-ones, moved by the difference between the student and the full-precision network on those images.
+ones: the mean moved by the difference between the student and the full-precision network on those images, the variance
+by the ratio.
 Cost: two forward passes, no gradient.
+Choose it: for a student that is only calibrated, and before distillation; after `reconstruct` it did harm.
 """
 
 # fx types an argument of a node as a union of everything:
@@ -28,7 +30,7 @@ from mirageq.graph import BATCH_NORM, LINEAR, WEIGHTED, is_stored, running_stati
 from mirageq.images import ImageSource
 from mirageq.journal import Journal
 from mirageq.moments import channel_statistics
-from mirageq.quant import Student, convert
+from mirageq.quant import Student, float_twin
 from mirageq.quant.quantizers import BiasQuantizer, in_float
 from mirageq.teacher import Teacher
 from mirageq.tuning.contract import Tuner
@@ -60,7 +62,7 @@ class Correct:
     ) -> None:
         """Correct a calibrated `student` in place on images of the source."""
         images = source.sample(self.images).images.to(teacher.device)
-        full = convert(teacher.network, student.scheme).to(teacher.device)  # the same graph, on the teacher's weights
+        full = float_twin(teacher.network, student.scheme).to(teacher.device)
         meant = _Measure(full.network)
         with torch.no_grad():
             with in_float(full):

@@ -5,7 +5,11 @@ were made for and the distance of the penultimate features, over weights, biases
 Reference: Hinton et al. 2015 for the loss; the schedule and weights of IntraQ's second stage.
 Differences from the official code: activation ranges are calibrated on the method's own images before tuning; the rate
 is one at which the run does not diverge (the official CIFAR runs end in NaN after one to six epochs); a divergence
-guard watches, and the gradient can be clipped; the last step counts, never the best on a test set.
+guard watches, and the gradient can be clipped; the last step counts, never the best on a test set. Steps that learn
+(LSQ, `scheme.learned_steps`) begin at the calibrated ranges, not at LSQ's own estimate, at the weights' rate and decay;
+their gradient is scaled by the grid's levels where LSQ counts those of one sign.
+Cost: `steps` passes of the teacher forward and of the student forward and backward.
+Choose it: at 4 bits and more if minutes count, after `reconstruct` to bring its blocks together, or as papers do.
 """
 
 from __future__ import annotations
