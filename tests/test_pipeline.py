@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import pytest
 import torch
 
 from mirageq import GDFQ, Distill, IntraQ, Noise, Scheme, Teacher, UserError, agreement, quantize
 from mirageq.methods.zeroq import ZeroQ
-from mirageq.recipe import describe_part
+from mirageq.pipeline import untuned
+from mirageq.recipe import Recipe, describe_part
 from mirageq.testing import CLASSES, SHAPE, TinyResNet
 from mirageq.tuning import Reconstruct, SQuant
 
@@ -60,7 +62,7 @@ def test_what_is_missing_is_told(monkeypatch):
         patch.setattr(Noise, "synthesize", lambda *_, **__: pytest.fail("images were made"))
         with pytest.raises(UserError, match="calibration_images must be positive; got 0"):
             quantize(TinyResNet(), Noise(), image_shape=SHAPE, tuner=Distill(steps=0), images=4, calibration_images=0)
-    with pytest.raises(UserError, match="number of images to synthesise must be positive; got 0"):
+    with pytest.raises(UserError, match="images must be positive; got 0"):
         quantize(TinyResNet(), IntraQ(), image_shape=SHAPE, tuner=Distill(steps=0), images=0)
 
 
@@ -89,6 +91,25 @@ def test_what_is_no_method_is_told():
     for method, told in ((Plain(), "make it a dataclass of settings"), (3, r"it has no synthesize\(teacher, count")):
         with pytest.raises(UserError, match=told):
             quantize(TinyResNet(), method, image_shape=SHAPE)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_it_tunes_whatever_the_caller_computes_in(mode):
+    with mode():
+        result = quantize(TinyResNet(), IntraQ(iterations=2, batch_size=16), image_shape=SHAPE, **SMALL)
+    assert result.student(result.source.sample(4).images).requires_grad
+
+
+def test_a_method_may_say_that_its_source_never_ends():
+    @dataclass(frozen=True, kw_only=True)
+    class Endless(Noise):
+        endless: ClassVar[bool] = True
+
+    teacher, scheme = Teacher.wrap(TinyResNet(), SHAPE), Scheme(weight_range="mse")
+    tuner = Reconstruct(steps=1, images=16, batch_size=16)
+    untuned(teacher, Recipe(method=Endless(), scheme=scheme, tuner=tuner, images=8))
+    with pytest.raises(UserError, match="batch size 16 is larger than the 8 images"):
+        untuned(teacher, Recipe(method=Noise(), scheme=scheme, tuner=tuner, images=8))
 
 
 def test_methods_with_slots_are_methods():

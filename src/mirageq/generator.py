@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,8 @@ class GeneratorTraining:
         precision: "bfloat16" runs generator and teacher under autocast, where the device has such instructions.
     """
 
+    endless: ClassVar[bool] = True
+
     warmup: int = 800
     batch_size: int = 200
     lr: float = 1e-3
@@ -65,11 +67,6 @@ class GeneratorTraining:
         check_not_negative(self, "warmup", "class_weight", "bn_weight", "last_bn_weight")
         check_crop_scale(self.crop_scale)
         check_fraction(self, "crop_probability")
-
-
-def set_size(method: object, images: int) -> int | None:
-    """How many images a method's set will have when `images` are asked for; None for a generator, which never ends."""
-    return None if isinstance(method, GeneratorTraining) else images
 
 
 class Generator(nn.Module):

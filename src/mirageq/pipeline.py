@@ -9,12 +9,12 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from mirageq.errors import UserError
-from mirageq.generator import set_size
 from mirageq.images import ImageSource
 from mirageq.journal import Journal
 from mirageq.methods import Method
-from mirageq.methods.contract import check_method, parts_of
+from mirageq.methods.contract import check_method, parts_of, set_size
 from mirageq.quant import Scheme, Student, convert
+from mirageq.recipe import Recipe
 from mirageq.teacher import Teacher
 from mirageq.tuning import Distill, Tuner
 from mirageq.tuning.contract import check, forget
@@ -39,6 +39,7 @@ class Result:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
+@torch.inference_mode(False)  # whatever the caller computes in: tuning needs gradients
 def quantize(
     model: nn.Module | ExportedProgram | Teacher,
     method: Method,
@@ -85,57 +86,39 @@ def quantize(
         raise UserError("Give image_shape=(channels, height, width), the shape the network was trained with.")
     else:
         teacher = Teacher.wrap(model, image_shape, device=device or "cpu")
-    result = carry_out(
-        teacher,
-        method,
+    recipe = Recipe(
+        method=method,
         scheme=scheme or Scheme(),
         tuner=tuner or Distill(),
         images=images,
         calibration_images=calibration_images,
-        seed=seed,
-        journal=journal,
     )
+    result = carry_out(teacher, recipe, seed=seed, journal=journal)
     forget(journal)
     return result
 
 
-def carry_out(
-    teacher: Teacher,
-    method: Method,
-    *,
-    scheme: Scheme,
-    tuner: Tuner,
-    images: int,
-    calibration_images: int,
-    seed: int,
-    journal: Journal,
-) -> Result:
+def carry_out(teacher: Teacher, recipe: Recipe, *, seed: int, journal: Journal) -> Result:
     """As `quantize`, but the journal keeps the finished student as well, until `tuning.contract.forget` is called."""
-    check_method(method, repr(method))
-    check_pixel_range(teacher, method)
-    _check_calibration(calibration_images)
     with journal.timed("convert"):  # first, so that a scheme that does not fit is refused before any image is made
-        student = untuned(teacher, method, scheme, tuner, images)
+        student = untuned(teacher, recipe)
     with journal.timed("synthesize"):
-        source = method.synthesize(teacher, images, seed=seed, journal=journal)
-    teach(teacher, student, source, tuner, calibration_images=calibration_images, seed=seed, journal=journal)
+        source = recipe.method.synthesize(teacher, recipe.images, seed=seed, journal=journal)
+    teach(teacher, student, source, recipe, seed=seed, journal=journal)
     return Result(teacher, student, source, journal.seconds)
 
 
-def untuned(teacher: Teacher, method: Method, scheme: Scheme, tuner: Tuner, images: int) -> Student:
-    """The student before calibration; raises a `UserError` if the scheme or the tuner does not fit it."""
-    student = convert(teacher.network, scheme).to(teacher.device)
-    check(tuner, student, set_size(method, images))
+def untuned(teacher: Teacher, recipe: Recipe) -> Student:
+    """The student before calibration; raises a `UserError` if a part of the recipe does not fit the network."""
+    check_method(recipe.method, repr(recipe.method))
+    check_pixel_range(teacher, recipe.method)
+    student = convert(teacher.network, recipe.scheme).to(teacher.device)
+    check(recipe.tuner, student, set_size(recipe.method, recipe.images))
     return student
 
 
 def _same(wanted: torch.device, own: torch.device) -> bool:
     return wanted.type == own.type and wanted.index in (None, own.index)
-
-
-def _check_calibration(images: int) -> None:
-    if images < 1:
-        raise UserError(f"calibration_images must be positive; got {images}.")
 
 
 def check_pixel_range(teacher: Teacher, method: Method) -> None:
@@ -147,27 +130,19 @@ def check_pixel_range(teacher: Teacher, method: Method) -> None:
 
 
 def teach(
-    teacher: Teacher,
-    student: Student,
-    source: ImageSource,
-    tuner: Tuner,
-    *,
-    calibration_images: int,
-    seed: int,
-    journal: Journal,
+    teacher: Teacher, student: Student, source: ImageSource, recipe: Recipe, *, seed: int, journal: Journal
 ) -> None:
     """Calibrate and tune a converted student in place on images that exist; the journal keeps the seconds of each.
 
     It also keeps the finished student, until `tuning.contract.forget` is called.
     """
     with journal.timed("calibrate"):
-        calibrate(student, source, calibration_images)
+        calibrate(student, source, recipe.calibration_images)
     with journal.timed("tune"):
-        tuner.tune(teacher, student, source, seed=seed, journal=journal)
+        recipe.tuner.tune(teacher, student, source, seed=seed, journal=journal)
 
 
 def calibrate(student: Student, source: ImageSource, images: int) -> None:
     """Set the student's activation ranges on `images` images of the source."""
-    _check_calibration(images)
     device = next(student.parameters()).device
     student.calibrate(chunk.to(device) for chunk in source.sample(images).images.split(CALIBRATION_BATCH))

@@ -186,7 +186,7 @@ class Run:
                 source = recipe.method.synthesize(teacher, recipe.images, seed=self.seed, journal=journal)
             self._finish(source, journal.seconds, None)
             return None
-        result = carry_out(teacher, **vars(recipe), seed=self.seed, journal=journal)
+        result = carry_out(teacher, recipe, seed=self.seed, journal=journal)
         self._finish(result.source, result.seconds, result)
         forget(journal)
         return result

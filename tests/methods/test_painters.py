@@ -10,8 +10,10 @@ import torch.nn.functional as F
 
 from mirageq import Journal, Teacher, UserError
 from mirageq.augment import low_passed
+from mirageq.canvas import Canvas
 from mirageq.methods.clusterq import ClusterQ
 from mirageq.methods.dgh import DGH, joined, smoothed
+from mirageq.methods.genie import Genie
 from mirageq.methods.hast import HAST, focal_cross_entropy
 from mirageq.methods.intraq import IntraQ
 from mirageq.methods.synq import SynQ
@@ -93,6 +95,48 @@ def test_the_sums_of_parts_are_the_statistics_of_the_whole_set(teacher):
         mean, var = channel_statistics(x)
         assert torch.allclose(sums[name][0] / 30, mean, atol=1e-5)
         assert torch.allclose(sums[name][1] / 30 - (sums[name][0] / 30).square(), var, atol=1e-4)
+
+
+def test_a_batch_of_dgh_counts_the_set_before_it(teacher, monkeypatch):
+    monkeypatch.setattr("mirageq.methods.dgh.shifted", lambda images, *_, **__: images)
+    torch.manual_seed(0)
+    images = torch.randn(30, *SHAPE) * 2 + 1
+    before, now = images.split([10, 20])
+    loss = DGH(smooth=False, stretch_weight=0.0)._loss
+    sums = joined({}, teacher.observe(before), 10)
+    together = loss(teacher, teacher.observe, sums, 10, now, torch.Generator())
+    whole = loss(teacher, teacher.observe, {}, 0, images, torch.Generator())
+    assert float(together["bn"]) == pytest.approx(float(whole["bn"]), rel=1e-4)
+    seen = teacher.observe(images)
+    slow = 0.0
+    for norm in teacher.batch_norms:
+        x = seen.bn_inputs[norm.name].transpose(0, 1).flatten(1).double()
+        for channel, values in enumerate(x):
+            off = values.var(correction=0).add(1e-5).sqrt() - norm.var[channel].double().add(1e-5).sqrt()
+            slow += ((values.mean() - norm.mean[channel]) ** 2 + off**2) / len(x) / len(teacher.batch_norms)
+    assert float(whole["bn"]) == pytest.approx(float(slow), rel=1e-3)
+
+
+def test_each_batch_of_genie_has_a_generator_of_its_own_that_learns_with_its_latents(teacher, monkeypatch):
+    draw, begun, moved, journal = Canvas.draw, [], [], Journal()
+
+    def watched(canvas, part, learning, *rest):
+        before = [[value.detach().clone() for value in group.tensors] for group in learning]
+        finished = draw(canvas, part, learning, *rest)
+        begun.append([before[0][0], before[1][0]])
+        firsts = zip([group.tensors[0].detach() for group in learning], begun[-1], strict=True)
+        moved.append([float((now - old).abs().max()) for now, old in firsts])
+        return finished
+
+    monkeypatch.setattr(Canvas, "draw", watched)
+    quick = {"iterations": 40, "batch_size": 16, "latent": 16, "width": 8, "schedule": "cosine"}
+    Genie(**quick, swing=False).synthesize(teacher, 32, journal=journal)
+    assert len(begun) == 2
+    assert not any(torch.equal(first, second) for first, second in zip(*begun, strict=True))
+    assert all(latents > 1e-2 and weights > 1e-4 for latents, weights in moved)
+    for stage in ("images 0-15", "images 16-31"):
+        losses = [row["bn"] for row in journal.history if row["stage"] == stage]
+        assert losses[-1] < 0.75 * losses[0]
 
 
 def test_stretching_sets_logits_apart_and_images_are_smooth(teacher):

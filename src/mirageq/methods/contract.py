@@ -13,7 +13,10 @@ from mirageq.teacher import Teacher
 
 @runtime_checkable
 class Method(Protocol):
-    """A frozen dataclass of settings that can make images."""
+    """A frozen dataclass of settings that can make images.
+
+    One whose source never ends, as a generator's, says so: `endless: ClassVar[bool] = True`.
+    """
 
     def synthesize(self, teacher: Teacher, count: int, *, seed: int = 0, journal: Journal | None = None) -> ImageSource:
         """Make a source of `count` images from what the teacher remembers; randomness from `seed` alone."""
@@ -26,6 +29,11 @@ def check_method(method: object, what: str) -> None:
         raise UserError(f"{what} is not a method: it has no synthesize(teacher, count, *, seed, journal).")
     if not is_dataclass(method):
         raise UserError(f"{what} is not a method: make it a dataclass of settings, with frozen=True and kw_only=True.")
+
+
+def set_size(method: Method, images: int) -> int | None:
+    """How many images a method's set will have when `images` are asked for; None for a source that never ends."""
+    return None if getattr(method, "endless", False) else images
 
 
 def parts_of(method: Method) -> list[Method]:

@@ -5,7 +5,8 @@ Multiply each image's Fourier transform by a Gaussian that does.
 Reference: Kim et al., "SynQ: Accurate Zero-shot Quantization by Synthesis-aware Fine-tuning", ICLR 2025.
 Differences from the official method: only the filter is here. Its use of hard labels for easy images alone is
 `ce_confidence` of the distillation tuner; the alignment of class activation maps is not built. The width of the filter
-is ours: relative to the image's size, so that one setting serves all resolutions.
+is ours: relative to the image's size, so that one setting serves all resolutions; and no channel leaves the range that
+it had.
 Cost: the other method's.
 Choose it: for painted images at 3 bits and below; what it brings has not been measured here yet.
 """
