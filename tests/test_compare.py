@@ -123,6 +123,36 @@ def test_what_fails_beside_others_is_told_once_they_are_finished(place, capsys, 
     assert [row["label"] for row in rows(place)] == ["noise w4a4 seed0"]
 
 
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_variant_that_does_not_fit_costs_no_other(place, capsys, jobs):
+    plan = place / "plan.toml"
+    plan.write_text(plan.read_text() + '[variants]\n"" = []\nbig = ["tuner.batch_size=999"]\n')
+    picked = ["--only", "zeroq", "--seeds", "0", "--bits", "w4a4"]
+    assert run(place, *picked, "--jobs", jobs) == 2
+    told = capsys.readouterr().err
+    assert "zeroq, short w4a4 seed0 big: The batch size 999 is larger than" in told
+    assert [row["variant"] for row in rows(place)] == [""]
+
+
+def test_a_mistake_in_a_methods_code_costs_its_cell_alone(place, capsys, monkeypatch):
+    monkeypatch.setattr(ZeroQ, "synthesize", lambda *_, **__: 1 / 0)
+    plan = place / "plan.toml"
+    plan.write_text(plan.read_text().split("[methods.clusterq]")[0])
+    assert run(place, "--seeds", "0", "--bits", "w4a4") == 2
+    told = capsys.readouterr().err
+    assert "zeroq, short w4a4 seed0: ZeroDivisionError: division by zero" in told
+    assert "Traceback" in told
+    assert [row["method"] for row in rows(place)] == ["noise"]
+
+
+def test_logs_of_comparisons_that_share_their_work_lie_apart(place):
+    for out in ("one", "two"):
+        few = ["--methods", "noise", "--seeds", "0", "--bits", "w4a4", "--jobs", "2", "--work", str(place / "work")]
+        assert run(place, *few, out=out) == 0
+    logs = list((place / "work" / "tasks").glob("*/noise_w4a4_seed0.log"))
+    assert sorted(log.parent.name.split("-")[0] for log in logs) == ["one", "two"]
+
+
 def test_memory_does_not_grow_with_the_images_that_are_looked_at(place, monkeypatch):
     look, seen, alive = Observer.__call__, [], []
 

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import os
+import threading
 
 import pytest
 
-from mirageq.folders import replacing
+from mirageq.errors import UserError
+from mirageq.folders import alone, replacing
 
 
 def test_two_processes_may_replace_a_file_at_once(tmp_path, monkeypatch):
@@ -17,6 +19,24 @@ def test_two_processes_may_replace_a_file_at_once(tmp_path, monkeypatch):
         assert path.read_text() == "theirs"
     assert path.read_text() == "ours"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_one_may_wait_until_a_folder_is_free(tmp_path):
+    order = []
+
+    def second():
+        with alone(tmp_path / "lock", wait=True):
+            order.append("second")
+
+    waiting = threading.Thread(target=second)
+    with alone(tmp_path / "lock"):
+        waiting.start()
+        waiting.join(0.3)
+        with pytest.raises(UserError, match="Another process is at work"), alone(tmp_path / "lock"):
+            pass
+        order.append("first")
+    waiting.join()
+    assert order == ["first", "second"]
 
 
 def test_what_is_interrupted_leaves_the_old_file_alone(tmp_path):

@@ -8,6 +8,7 @@ it; what is unfinished is continued.
 from __future__ import annotations
 
 import json
+import traceback
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -23,7 +24,7 @@ from mirageq import recipe as recipes
 from mirageq.data import LabelledImages
 from mirageq.errors import UserError, first_line
 from mirageq.evaluate import accuracy, intra_class_distance, silhouette
-from mirageq.folders import check_folder, file_name, replacing, write_text
+from mirageq.folders import alone, check_folder, file_name, replacing, write_text
 from mirageq.hashing import hash_tensors
 from mirageq.images import Batch, ImageSource
 from mirageq.journal import Journal, read_lines
@@ -118,6 +119,9 @@ class Comparison:
                 self.add(self.compute(plan.recipe_of(cell), cell, teacher, data, console), console)
             except UserError as error:
                 errors.append(f"{cell.label}: {error}")
+            except Exception as error:
+                traceback.print_exc()
+                errors.append(f"{cell.label}: {type(error).__name__}: {first_line(error)}")
         require_none(errors)
 
     def unfinished(self, plan: Plan, only: Sequence[str] = ()) -> list[Cell]:
@@ -167,28 +171,21 @@ class Comparison:
             "std": teacher.std and list(teacher.std),
             "method": recipes.describe_part(wanted.method),
         }
-        _require_same_settings(_remembered(folder / "made_by.json", made_by), made_by, str(folder))
-        painting = Journal(folder, console)
-        with painting.timed("synthesize"):
-            source = wanted.method.synthesize(teacher, wanted.images, seed=cell.seed, journal=painting)
+        with alone(folder / "lock", wait=True):
+            _require_same_settings(_remembered(folder / "made_by.json", made_by), made_by, str(folder))
+            painting = Journal(folder, console)
+            with painting.timed("synthesize"):
+                source = wanted.method.synthesize(teacher, wanted.images, seed=cell.seed, journal=painting)
         return source, painting
 
     def compute(self, wanted: Recipe, cell: Cell, teacher: Teacher, data: LabelledImages, console: Console) -> Row:
         """Make, calibrate, tune, measure and keep the student of a cell; what is finished of its images is read."""
-        student = untuned(teacher, wanted.method, wanted.scheme, wanted.tuner, wanted.images)
+        student = untuned(teacher, wanted)
         source, painting = self.synthesize(wanted, cell, teacher, console)
         workplace = self._workplace(cell.label, recipes.describe(wanted))
         workplace.mkdir(parents=True, exist_ok=True)
         learning = Journal(workplace, console)
-        teach(
-            teacher,
-            student,
-            source,
-            wanted.tuner,
-            calibration_images=wanted.calibration_images,
-            seed=cell.seed,
-            journal=learning,
-        )
+        teach(teacher, student, source, wanted, seed=cell.seed, journal=learning)
         measured = accuracy(student, data, teacher.mean, teacher.std, teacher=teacher, device=str(teacher.device))
         looked_at = self._look_at(source, wanted.images, teacher, self.images_folder(wanted, cell))
         kept = save_student(student, teacher, workplace / STUDENT)

@@ -42,8 +42,8 @@ def _umask() -> int:
 
 
 @contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Work in the folder of this file, as the only process that does.
+def alone(path: Path, *, wait: bool = False) -> Iterator[None]:
+    """Work in the folder of this file, which need not exist, as the only process that does; or `wait` until it is.
 
     Raises:
         UserError: another process does.
@@ -51,9 +51,9 @@ def alone(path: Path) -> Iterator[None]:
     if not fcntl:
         yield
         return
-    with path.open() as file:
+    with path.open("a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             raise UserError(f"Another process is at work in {path.parent}; wait for it, or stop it.") from error
         except OSError:  # a file system without locks

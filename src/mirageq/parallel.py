@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from hashlib import sha256
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -24,6 +25,8 @@ from mirageq.models import NetworkChoice, load_teacher
 from mirageq.pipeline import untuned
 from mirageq.plan import Cell, Plan
 from mirageq.process import ask_for_huge_pages, compute_in_float32, end_with_parent, keep_freed_memory
+from mirageq.recipe import Recipe
+from mirageq.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -41,15 +44,18 @@ class Setting:
 
 @dataclass(frozen=True)
 class Task:
-    """A cell, or only its images, for several cells; `images` is the folder where they lie."""
+    """A cell, or the images that several cells share; `images` is the folder where they lie."""
 
-    cell: Cell
+    cells: tuple[Cell, ...]
     images: Path
-    only_images: bool = False
+
+    @property
+    def only_images(self) -> bool:
+        return len(self.cells) > 1
 
     @property
     def label(self) -> str:
-        return f"images of {self.images.name}" if self.only_images else self.cell.label
+        return f"images of {self.images.name}" if self.only_images else self.cells[0].label
 
 
 def fill_in_parallel(setting: Setting, jobs: int, console: Console, only: Sequence[str] = ()) -> None:
@@ -92,10 +98,11 @@ def _tasks(setting: Setting, only: Sequence[str]) -> list[Task]:
     """The images that two or more cells share, then the cells."""
     comparison, plan = setting.comparison, setting.plan
     cells = comparison.unfinished(plan, only)
-    tasks = [Task(cell, comparison.images_folder(plan.recipe_of(cell), cell)) for cell in cells]
-    folders = [task.images for task in tasks]
-    shared = {task.images: task.cell for task in tasks if folders.count(task.images) > 1}
-    return [*(Task(cell, folder, only_images=True) for folder, cell in shared.items()), *tasks]
+    tasks = [Task((cell,), comparison.images_folder(plan.recipe_of(cell), cell)) for cell in cells]
+    sharing: dict[Path, tuple[Cell, ...]] = {}
+    for task in tasks:
+        sharing[task.images] = sharing.get(task.images, ()) + task.cells
+    return [*(Task(cells, folder) for folder, cells in sharing.items() if len(cells) > 1), *tasks]
 
 
 def _begin(setting: Setting, task: Task, threads: int) -> BaseProcess:
@@ -108,8 +115,10 @@ def _begin(setting: Setting, task: Task, threads: int) -> BaseProcess:
 
 
 def _paper(setting: Setting, task: Task, ending: str) -> Path:
-    """Where a task writes its log, or its result."""
-    return setting.comparison.work / "tasks" / f"{file_name(task.label)}.{ending}"
+    """Where a task writes its log, or its result: a place of this comparison's own, if others share its work."""
+    folder = setting.comparison.folder
+    own = f"{folder.name}-{sha256(str(folder.resolve()).encode()).hexdigest()[:8]}"
+    return setting.comparison.work / "tasks" / own / f"{file_name(task.label)}.{ending}"
 
 
 def _work(setting: Setting, task: Task, threads: int) -> None:
@@ -132,11 +141,20 @@ def _work(setting: Setting, task: Task, threads: int) -> None:
 
 
 def _result(setting: Setting, task: Task, console: Console) -> dict[str, Any]:
-    comparison, wanted = setting.comparison, setting.plan.recipe_of(task.cell)
-    teacher = load_teacher(setting.choice, setting.device)
+    comparison, teacher = setting.comparison, load_teacher(setting.choice, setting.device)
+    wanted = {cell: setting.plan.recipe_of(cell) for cell in task.cells}
     if task.only_images:
-        untuned(teacher, wanted.method, wanted.scheme, wanted.tuner, wanted.images)  # refuses before it paints
-        comparison.synthesize(wanted, task.cell, teacher, console)
-        return {}
+        if fitting := next((cell for cell, recipe in wanted.items() if _fits(teacher, recipe)), None):
+            comparison.synthesize(wanted[fitting], fitting, teacher, console)
+        return {}  # those that do not fit will say why themselves
     data = open_images(setting.data, teacher.image_shape, resize=setting.resize, limit=setting.limit)
-    return {"row": comparison.compute(wanted, task.cell, teacher, data, console)}
+    (cell,) = task.cells
+    return {"row": comparison.compute(wanted[cell], cell, teacher, data, console)}
+
+
+def _fits(teacher: Teacher, recipe: Recipe) -> bool:
+    try:
+        untuned(teacher, recipe)
+    except UserError:
+        return False
+    return True
