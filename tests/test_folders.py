@@ -25,10 +25,11 @@ def test_one_may_wait_until_a_folder_is_free(tmp_path):
     order = []
 
     def second():
-        with alone(tmp_path / "lock", wait=True):
+        with alone(tmp_path / "lock", lambda: order.append("waiting")):
             order.append("second")
 
     waiting = threading.Thread(target=second)
+    (tmp_path / "lock").touch()
     with alone(tmp_path / "lock"):
         waiting.start()
         waiting.join(0.3)
@@ -36,7 +37,7 @@ def test_one_may_wait_until_a_folder_is_free(tmp_path):
             pass
         order.append("first")
     waiting.join()
-    assert order == ["first", "second"]
+    assert order == ["waiting", "first", "second"]
 
 
 def test_what_is_interrupted_leaves_the_old_file_alone(tmp_path):

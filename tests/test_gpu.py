@@ -7,9 +7,12 @@ from itertools import islice
 
 import pytest
 import torch
+from torch import nn
 
 from mirageq import Correct, Distill, Journal, Reconstruct, Scheme, SQuant, Teacher, cli, quantize
 from mirageq.methods import METHODS, Noise, ZeroQ
+from mirageq.quant import convert
+from mirageq.quant.quantizers import in_float
 from mirageq.testing import SHAPE, TinyDense, TinyResNet, quick
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -59,6 +62,15 @@ def test_a_student_is_the_same_on_both_devices(tuner, scheme, teacher):
     assert here.isfinite().all()
     there = result.student.cpu()(images)
     assert (here - there).abs().median() < 1e-3  # a value in the middle of two codes may fall either way
+
+
+def test_equalization_changes_no_logit():
+    layers = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    teacher = Teacher.wrap(nn.Sequential(*layers, nn.Linear(8, 5)), SHAPE, device="cuda")
+    student = convert(teacher.network, Scheme(placement="deploy", equalize=True)).cuda()
+    images = torch.randn(4, *SHAPE, device="cuda")
+    with in_float(student), torch.no_grad():
+        torch.testing.assert_close(student(images), teacher(images), atol=1e-3, rtol=1e-3)
 
 
 def test_layers_of_a_dense_network_are_reconstructed_one_by_one():

@@ -96,7 +96,9 @@ def test_what_is_no_method_is_told():
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_it_tunes_whatever_the_caller_computes_in(mode):
     with mode():
-        result = quantize(TinyResNet(), IntraQ(iterations=2, batch_size=16), image_shape=SHAPE, **SMALL)
+        for model in (TinyResNet(), Teacher.wrap(TinyResNet(), SHAPE)):
+            shape = None if isinstance(model, Teacher) else SHAPE
+            result = quantize(model, IntraQ(iterations=2, batch_size=16), image_shape=shape, **SMALL)
     assert result.student(result.source.sample(4).images).requires_grad
 
 

@@ -171,7 +171,9 @@ class Comparison:
             "std": teacher.std and list(teacher.std),
             "method": recipes.describe_part(wanted.method),
         }
-        with alone(folder / "lock", wait=True):
+        with alone(
+            folder / "lock", lambda: console.print(f"Another process is making {escape(folder.name)}; waiting.")
+        ):
             _require_same_settings(_remembered(folder / "made_by.json", made_by), made_by, str(folder))
             painting = Journal(folder, console)
             with painting.timed("synthesize"):
@@ -236,7 +238,8 @@ class Comparison:
 
     def _workplace(self, label: str, recipe: Table) -> Path:
         """Where a cell is computed: nothing of another recipe or network lies there."""
-        fingerprint = sha256(repr((self.protocol.weights_sha256, recipe)).encode()).hexdigest()
+        told = json.dumps([self.protocol.weights_sha256, recipe], sort_keys=True)
+        fingerprint = sha256(told.encode()).hexdigest()
         return self.work / "cells" / file_name(f"{label}-{fingerprint[:8]}")
 
     def _images_of(self, method: str, count: int, seed: int) -> Path:

@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -42,20 +42,25 @@ def _umask() -> int:
 
 
 @contextmanager
-def alone(path: Path, *, wait: bool = False) -> Iterator[None]:
-    """Work in the folder of this file, which need not exist, as the only process that does; or `wait` until it is.
+def alone(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
+    """Work in the folder of this file, as the only process that does.
+
+    With `waiting` the file need not exist, and where another process is at work, this is called, and it is waited for.
 
     Raises:
-        UserError: another process does.
+        UserError: another process is at work there.
     """
     if not fcntl:
         yield
         return
-    with path.open("a") as file:
+    with path.open("a" if waiting else "r") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"Another process is at work in {path.parent}; wait for it, or stop it.") from error
+            if not waiting:
+                raise UserError(f"Another process is at work in {path.parent}; wait for it, or stop it.") from error
+            waiting()
+            fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:  # a file system without locks
             pass
         yield

@@ -155,6 +155,6 @@ def _result(setting: Setting, task: Task, console: Console) -> dict[str, Any]:
 def _fits(teacher: Teacher, recipe: Recipe) -> bool:
     try:
         untuned(teacher, recipe)
-    except UserError:
+    except Exception:
         return False
     return True

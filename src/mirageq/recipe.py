@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from jsonargparse import ArgumentParser
 
 from mirageq import methods
-from mirageq.errors import UserError, check_positive, did_you_mean
+from mirageq.errors import UserError, check_positive, did_you_mean, first_line
 from mirageq.methods import Method
 from mirageq.modules import source_of
 from mirageq.quant import Scheme, parse_bits
@@ -222,7 +222,7 @@ def settings(kind: type, values: Table, where: str) -> Any:
             except Exception:
                 hint = get_type_hints(kind).get(name, known[name].annotation)
                 raise UserError(f"{where}: '{name}' expects {in_words(hint)}; got {value!r}.") from error
-        raise
+        raise UserError(f"{where}: {first_line(error)}") from error
     return kind(**{name: parsed[name] for name in values})
 
 

@@ -50,6 +50,7 @@ class Teacher:
     observe: Observer
 
     @staticmethod
+    @torch.inference_mode(False)  # its tensors are to be learned on, whatever the caller computes in
     def wrap(
         model: nn.Module | ExportedProgram,
         image_shape: tuple[int, int, int],

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -13,7 +15,7 @@ from mirageq.testing import SHAPE, TinyDense, TinyResNet
 from mirageq.tuning import Correct, soft
 from mirageq.tuning.cache import Cache, Spilled
 from mirageq.tuning.contract import forget
-from mirageq.tuning.reconstruct import Reconstruct
+from mirageq.tuning.reconstruct import LIVING_CACHES, Reconstruct
 from mirageq.tuning.soft import Dropping, DroppingActivation, SoftWeight
 
 QUICK = {"steps": 60, "batch_size": 16, "images": 64}
@@ -210,6 +212,42 @@ def test_weights_that_are_buffers_are_reconstructed_too(source):
     before = (student(images) - teacher(images)).square().mean()
     Reconstruct(**QUICK, layers_per_block=1).tune(teacher, student, source)
     assert (student(images) - teacher(images)).square().mean() < before
+
+
+def test_a_block_in_which_nothing_is_left_to_learn_is_passed_over(source):
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.conv = torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.Conv2d(8, 8, 3, padding=1)
+            self.fc = torch.nn.Linear(8, 5)
+
+        def forward(self, x):
+            return self.fc(self.conv(self.conv(torch.relu(self.stem(x)))).mean((2, 3)))
+
+    teacher, journal = Teacher.wrap(Twice(), SHAPE), Journal()
+    student = student_of(teacher, source)
+    Reconstruct(**QUICK, layers_per_block=1).tune(teacher, student, source, journal=journal)
+    errors = [(row["before"], row["after"]) for row in journal.history if row["stage"] == "reconstruct"]
+    assert errors[2][0] == errors[2][1]
+    assert errors[1][0] > errors[1][1]
+
+
+@pytest.mark.parametrize("most", [16, 1])
+def test_so_many_caches_live_at_a_time(source, most, monkeypatch):
+    alive, most_alive = weakref.WeakSet(), []
+
+    class Watched(Cache):
+        def __init__(self, *settings):
+            super().__init__(*settings)
+            alive.add(self)
+            most_alive.append(len(alive))
+
+    monkeypatch.setattr("mirageq.tuning.cache.Cache", Watched)
+    monkeypatch.setattr("mirageq.tuning.reconstruct.Cache", Watched)
+    teacher = Teacher.wrap(TinyDense(), SHAPE)
+    settings = {**QUICK, "steps": 2}
+    Reconstruct(**settings, layers_per_block=1, most_layers=most).tune(teacher, student_of(teacher, source), source)
+    assert max(most_alive) <= (LIVING_CACHES if most > 1 else LIVING_CACHES * 3 // 2)
 
 
 @pytest.mark.parametrize("bias_lr", [0.0, 1e-3])

@@ -92,7 +92,7 @@ def _fit(module: GraphModule, first: Node, second: Node) -> bool:
         return False
     outputs, inputs = stored(module, first.args[1]).shape[0], stored(module, second.args[1]).shape
     ranks = [layer.meta["val"].dim() for layer in (first, second)]  # a linear layer of maps reads columns, not channels
-    same_kind = ranks[0] == ranks[1] and (ranks[0] == 2 or (first.target is LINEAR) == (second.target is LINEAR))
+    same_kind = ranks[0] == ranks[1] and (first.target is LINEAR) == (second.target is LINEAR)
     depthwise = inputs[1] == 1 and inputs[0] == outputs and len(inputs) > 2
     return same_kind and (inputs[1] == outputs or depthwise)
 

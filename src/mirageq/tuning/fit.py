@@ -108,8 +108,11 @@ class Fit:
         dropping = Dropping(self.drop, generator)
         weights, activations = self._soften(problem, run, dropping)
         groups = self._groups(problem, run, weights, activations)
+        learning = [parameter for group in groups for parameter in group["params"]]
+        if not learning:
+            return before, before
         optimizer = torch.optim.Adam(groups, lr=self.lr, fused=True)
-        with _learning_alone(run, [parameter for group in groups for parameter in group["params"]]):
+        with _learning_alone(run, learning):
             for step in range(self.steps):
                 chosen = torch.randint(len(problem.quantized), (self.batch_size,), generator=generator)
                 x = dropping(problem.quantized.take(chosen).to(device), problem.full.take(chosen).to(device))

@@ -11,7 +11,8 @@ weights it by Fisher information); far fewer steps than their 20,000 a block, at
 relative to their size, which falls to zero (a cosine), and biases may learn too; which numbers are dropped is a window,
 begun at random, of numbers that are drawn once a block.
 Cost: `steps` updates of every block, each a forward and a backward pass of it: together about `steps` updates of the
-whole network, and two passes of all images. Half an hour to an hour and a half on a CPU core in the shipped recipes.
+whole network, and two passes of all images. In the shipped recipes five minutes (best-cifar10, a core with AVX-512) to
+an hour and a half (best-imagenet, a core without).
 Choose it: below 8 bits, with any method's images; `distill` alone where minutes count, `squant` at 8 bits.
 """
 
@@ -153,6 +154,7 @@ class Reconstruct(Fit):
                     checkpoint.save({"student": student.state_dict(), "done": index + 1})
                 settled |= {name for name, _ in problem.run.named_parameters()}
                 full, quantized = target, quantized.through(problem.run, device)
+                del problem  # and with it what it read, before the next block's are made
 
     def _images(self, student: Student, source: ImageSource, seed: int) -> Tensor:
         """What the first block reads: images of the source, and what is made of them besides."""
@@ -176,12 +178,19 @@ class Reconstruct(Fit):
             + "."
         )
         for single, meant in zip(singles, single_layers(reference, twin), strict=True):
-            seen = problem.quantized.through(between(network, block.start, single.start), device)
-            wanted = problem.full.through(between(reference, twin.start, meant.start), device)
-            given = wanted.through(between(reference, meant.start, meant.end), device)
-            alone = Problem(network, single, seen, wanted, given, settled, device)
+            full = problem.full.through(between(reference, twin.start, meant.start), device)
+            alone = Problem(
+                network,
+                single,
+                problem.quantized.through(between(network, block.start, single.start), device),
+                full,
+                full.through(between(reference, meant.start, meant.end), device),
+                settled,
+                device,
+            )
             errors.append(self.fit(alone, seed))
             settled |= {name for name, _ in alone.run.named_parameters()}
+            del full, alone
         return sum(before for before, _ in errors), sum(after for _, after in errors)
 
 
