@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.export import Dim, export
 
-from mirageq import canonical, graph
+from mirageq import Distill, Noise, canonical, graph, quantize
 from mirageq.capture import capture, load_exported, on_device
 from mirageq.errors import UserError
 from mirageq.storage import network_hash
@@ -216,8 +216,48 @@ def test_an_exported_file_serves_as_well_as_the_model(tmp_path):
 
 def test_a_file_exported_for_one_batch_size_is_refused(tmp_path):
     torch.export.save(export(TinyResNet(), (torch.zeros(2, *SHAPE),)), tmp_path / "net.pt2")
-    with pytest.raises(UserError, match="exported for batches of exactly 2"):
+    with pytest.raises(UserError, match=r"net\.pt2 was exported for batches of exactly 2"):
         load_exported(tmp_path / "net.pt2")
+    with pytest.raises(UserError, match="The program was exported for batches of exactly 2"):
+        capture(torch.export.load(tmp_path / "net.pt2"), SHAPE)
+
+
+class Always(nn.Module):
+    """Drops out in evaluation mode too; or draws its own numbers, or adds what is random to nothing it gives."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.fc, self.kind = nn.Linear(3, 5), kind
+
+    def forward(self, x):
+        x = nn.functional.dropout(x.mean((2, 3)))
+        noise = torch.randn_like(x)
+        return self.fc(x + noise if self.kind == "noise" else x)
+
+
+def test_dropout_that_forgot_to_ask_for_the_mode_is_taken_out():
+    network, model, images = capture(Always("dropout").eval(), SHAPE), Always("dropout"), torch.randn(8, *SHAPE)
+    model.load_state_dict(network.state_dict())
+    torch.testing.assert_close(network(images), model.fc(images.mean((2, 3))))
+
+
+def test_a_network_that_draws_random_numbers_is_refused():
+    with pytest.raises(UserError, match=r"The network draws random numbers \('randn_like', randn_like\)"):
+        capture(Always("noise").eval(), SHAPE)
+
+
+def test_a_program_whose_tensors_are_all_buffers_has_a_device():
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("weight", torch.randn(5, 3))
+
+        def forward(self, x):
+            return nn.functional.linear(x.mean((2, 3)), self.weight)
+
+    program = export(Fixed(), (torch.zeros(2, *SHAPE),), dynamic_shapes=({0: Dim("n")},))
+    result = quantize(program, Noise(), image_shape=SHAPE, tuner=Distill(steps=0), images=8, calibration_images=8)
+    assert result.teacher.device == torch.device("cpu")
 
 
 def test_a_damaged_exported_file_is_named_and_torch_says_nothing_besides(tmp_path, capfd):

@@ -547,6 +547,22 @@ def test_a_disk_that_is_full_is_told(tmp_path, capsys, monkeypatch):
     assert "mirageq quantize --resume" in error
 
 
+def test_a_disk_that_is_full_at_once_leaves_no_half_of_a_record(tmp_path, capsys):
+    resource, signal = pytest.importorskip("resource"), pytest.importorskip("signal")
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        code = quantize(tmp_path / "run", "--method", "zeroq")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert code == 2
+    assert "File too large" in (error := capsys.readouterr().err)
+    assert "resume" not in error
+    assert list((tmp_path / "run").iterdir()) == []
+    assert quantize(tmp_path / "run", "--method", "zeroq") == 0
+
+
 def test_what_cannot_be_shown_or_measured_is_told(finished, tmp_path, capsys):
     assert cli.main(["evaluate", str(finished)]) == 2
     assert "Measuring needs labelled images: --data" in capsys.readouterr().err

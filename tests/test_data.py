@@ -85,6 +85,29 @@ def test_parquet_of_encoded_images(tmp_path):
     assert np.array_equal(read.permute(0, 2, 3, 1).numpy(), images)
 
 
+def test_parquet_with_images_as_hugging_face_stores_them_and_as_none_can(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    (image,) = pixels(1)
+    column = [{"bytes": png(image), "path": "one.png"}, {"bytes": None, "path": "two.png"}]
+    parquet.write_table(pyarrow.table({"jpeg": column, "label": [1, 0]}), tmp_path / "val.parquet")
+    read, labels = everything(open_images(tmp_path / "val.parquet", SHAPE, limit=1))
+    assert labels == [1]
+    assert np.array_equal(read[0].permute(1, 2, 0).numpy(), image)
+    with pytest.raises(UserError, match="image 1 is no encoded image: it is stored as NoneType, not as bytes"):
+        everything(open_images(tmp_path / "val.parquet", SHAPE))
+
+
+def test_a_parquet_file_without_images_is_told(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    parquet.write_table(pyarrow.table({"jpeg": [], "label": []}), tmp_path / "val.parquet")
+    with pytest.raises(UserError, match="holds no images"):
+        open_images(tmp_path / "val.parquet", SHAPE)
+
+
 def test_larger_images_are_cropped_around_their_centre(tmp_path):
     images = pixels(1, 11, 12)
     np.savez(tmp_path / "test.npz", images=images, labels=[0])

@@ -58,18 +58,44 @@ def test_an_exported_file(tmp_path):
         models.load(str(path), checkpoint=path)
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("wrapped", ["", "module.", "_orig_mod.", "module._orig_mod."])
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_checkpoints_of_both_kinds_wrapped_or_not(tmp_path, suffix, wrapped):
     trained = TinyResNet()
     trained.linear.weight.data += 1
-    state = {f"module.{key}" if wrapped else key: value for key, value in trained.state_dict().items()}
+    state = {f"{wrapped}{key}": value for key, value in trained.state_dict().items()}
     path = tmp_path / f"weights{suffix}"
     if suffix == ".pth":
         torch.save({"state_dict": state} if wrapped else state, path)
     else:
         save_file({key: value for key, value in state.items() if "num_batches" not in key}, path)
     assert same(models.load(TINY, image_shape=SHAPE, checkpoint=path).model, trained)
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_a_checkpoint_of_a_network_that_is_wrapped_itself(tmp_path, bare):
+    (tmp_path / "mine.py").write_text(
+        "import torch\nfrom mirageq.testing import TinyResNet\n"
+        "def build():\n    return torch.nn.DataParallel(TinyResNet())\n"
+    )
+    trained = TinyResNet()
+    trained.linear.weight.data += 1
+    save_file((trained if bare else torch.nn.DataParallel(trained)).state_dict(), tmp_path / "weights.safetensors")
+    name = f"py:{tmp_path / 'mine.py'}:build"
+    network = models.load(name, image_shape=SHAPE, checkpoint=tmp_path / "weights.safetensors")
+    assert same(network.model.module, trained)
+
+
+def test_what_a_network_was_made_from_tells_nothing_of_other_channels(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from mirageq.testing import TinyResNet\ndef build():\n    model = TinyResNet()\n"
+        "    model.pretrained_cfg = {'input_size': (3, 16, 16), 'mean': (0.5, 0.4, 0.3), 'std': (0.2, 0.2, 0.2)}\n"
+        "    return model\n"
+    )
+    name = f"py:{tmp_path / 'mine.py'}:build"
+    assert models.load(name).mean == (0.5, 0.4, 0.3)
+    grey = models.load(name, image_shape=(1, 28, 28))
+    assert (grey.mean, grey.std) == (None, None)
 
 
 def test_a_checkpoint_that_does_not_fit_names_the_first_wrong_keys(tmp_path):
@@ -92,6 +118,7 @@ class Arbitrary:
     [
         (lambda path: None, "There is no checkpoint"),
         (lambda path: path.write_bytes(b"nonsense"), "weights.pth"),
+        (lambda path: path.write_bytes(b""), "cannot be read"),
         (lambda path: torch.save(Arbitrary(), path), "holds more than tensors"),
         (lambda path: torch.save({"epoch": 3}, path), "not a table of tensors"),
     ],
@@ -132,7 +159,9 @@ def test_networks_that_cannot_be_had_are_told(name, message):
 
 
 def test_a_broken_file_is_told(tmp_path):
-    for text, told in (("def build(:", "SyntaxError"), ("build = nowhere", "NameError: name 'nowhere'")):
+    parsing = "import argparse\nargparse.ArgumentParser().parse_args(['--epochs'])"
+    undefined = ("build = nowhere", "NameError: name 'nowhere'")
+    for text, told in (("def build(:", "SyntaxError"), undefined, (parsing, "SystemExit: 2")):
         (tmp_path / "broken.py").write_text(text)
         with pytest.raises(UserError, match=f"broken.py:build' cannot be imported: {told}"):
             models.load(f"py:{tmp_path / 'broken.py'}:build")
@@ -188,6 +217,16 @@ def test_library_networks_with_a_checkpoint(name, tmp_path):
     assert network.image_shape == (3, 224, 224)
     assert network.mean == pytest.approx((0.485, 0.456, 0.406))
     assert torch.equal(network.model.state_dict()["conv1.weight"], state["conv1.weight"])
+
+
+@needs_timm
+def test_torchvisions_networks_come_with_the_size_and_normalisation_of_their_weights(monkeypatch):
+    models.import_torchvision()
+    catalogue = importlib.import_module("torchvision.models")
+    monkeypatch.setattr(catalogue, "get_model", lambda name, weights: TinyResNet())
+    for name, crop, mean in (("resnet18", 224, 0.485), ("efficientnet_v2_l", 480, 0.5), ("inception_v3", 299, 0.485)):
+        network = models.load(f"torchvision:{name}")
+        assert (network.image_shape, network.mean[0]) == ((3, crop, crop), mean)
 
 
 @needs_timm

@@ -23,6 +23,9 @@ OTHER_NAMES = {"clip": "clamp", "concat": "cat", "concatenate": "cat", "special_
 OTHER_NAMES |= {"divide": "div", "true_divide": "div", "subtract": "sub", "negative": "neg"}
 """Operations that have two names, and the one they go by here."""
 
+MAY_DROP = {"rrelu_with_noise", "scaled_dot_product_attention"}
+"""Operations that are random in training mode alone."""
+
 COMPUTED_FROM = "computed_from"
 """Where a captured network with computed weights notes the hash of what they were computed from, in its `meta`."""
 
@@ -43,6 +46,9 @@ def canonical(module: GraphModule) -> GraphModule:
             graph.erase_node(node)  # it pins the type and the device that the network was exported on
         elif node.target is aten.clone.default or node.target is aten.dropout.default:
             node.replace_all_uses_with(node.args[0])
+        elif node.target is aten.native_dropout.default:  # (result, mask)
+            for item in [item for item in node.users if item.args[1] == 0]:
+                item.replace_all_uses_with(node.args[0])
         else:
             _rename(node)
     _check_precision(graph)
@@ -53,6 +59,7 @@ def canonical(module: GraphModule) -> GraphModule:
     for node in graph.find_nodes(op="call_function", target=aten.avg_pool2d.default):
         _count_no_rim(node)
     graph.eliminate_dead_code()
+    _check_no_randomness(graph)
     if any("native_batch_norm" in str(node.target) for node in graph.nodes):
         raise UserError(
             "A batch normalisation uses its batch's statistics: the program was exported in training mode, or the "
@@ -84,6 +91,19 @@ def _check_precision(graph: Graph) -> None:
                 f"The network computes '{node.name}' in {value.dtype}, and quantization begins from float32. Leave "
                 "autocast and conversions out of its forward."
             )
+
+
+def _check_no_randomness(graph: Graph) -> None:
+    """Take out random numbers that nobody reads, such as dropout's; raise a `UserError` for others."""
+    for node in reversed(list(graph.nodes)):
+        if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()) or kind(node) in MAY_DROP:
+            continue
+        if node.users:
+            raise UserError(
+                f"The network draws random numbers ('{node.name}', {kind(node)}), so it never answers alike. Leave "
+                "that out of its forward in evaluation mode."
+            )
+        graph.erase_node(node)
 
 
 def _restore_batch_norm(graph: Graph, node: Node) -> None:

@@ -44,6 +44,8 @@ def capture(model: nn.Module | ExportedProgram, image_shape: tuple[int, int, int
     Raises:
         UserError: the model cannot be exported, does not accept the shape, or does not return one tensor.
     """
+    if isinstance(model, ExportedProgram):
+        exported_shape(model, "The program")
     with _quietly():
         program = model if isinstance(model, ExportedProgram) else _export(model, image_shape)
         module = copy.deepcopy(program.run_decompositions({}).module(check_guards=False))
@@ -85,20 +87,30 @@ def load_exported(path: Path) -> tuple[ExportedProgram, tuple[int, int, int]]:
             program = torch.export.load(path)
     except Exception as error:
         raise UserError(f"{path} is not a readable exported program ({first_line(error)}).") from error
+    shape = exported_shape(program, str(path))
+    if not all(isinstance(size, int) for size in shape):
+        raise UserError(f"{path} was exported for images of any size. Export it again with a fixed height and width.")
+    return program, shape
+
+
+def exported_shape(program: ExportedProgram, name: str) -> tuple[int, int, int]:
+    """The image shape (C, H, W) a program was exported with; sizes that were left free are symbols.
+
+    Raises:
+        UserError: it takes something else than one image tensor, or batches of one size alone.
+    """
     images = [
         node for node in program.graph.find_nodes(op="placeholder") if node.name in program.graph_signature.user_inputs
     ]
     if len(images) != 1 or images[0].meta["val"].dim() != 4:
-        raise UserError(f"{path} must take one image tensor (N, C, H, W) as its only input.")
+        raise UserError(f"{name} must take one image tensor (N, C, H, W) as its only input.")
     batch, *shape = images[0].meta["val"].shape
     if isinstance(batch, int):
         raise UserError(
-            f"{path} was exported for batches of exactly {batch}. Export it again with a free batch size: "
+            f"{name} was exported for batches of exactly {batch}. Export it again with a free batch size: "
             'torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},)).'
         )
-    if not all(isinstance(size, int) for size in shape):
-        raise UserError(f"{path} was exported for images of any size. Export it again with a fixed height and width.")
-    return program, tuple(shape)
+    return tuple(shape)
 
 
 @contextmanager

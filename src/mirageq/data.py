@@ -162,7 +162,7 @@ class _Arrays:
 
 def _whole(labels: Sequence[int] | np.ndarray) -> np.ndarray:
     numbers = np.asarray(labels)
-    if numbers.dtype.kind not in "iu":
+    if len(numbers) and numbers.dtype.kind not in "iu":
         raise ValueError(f"labels are whole numbers, got {numbers.dtype}")
     return numbers
 
@@ -235,11 +235,15 @@ class _Parquet:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        return _decode(self.jpegs[index].as_py(), f"image {index}", self.channels), self.labels[index]
+        image = self.jpegs[index].as_py()
+        content = image.get("bytes") if isinstance(image, dict) else image  # as Hugging Face's data sets have it
+        return _decode(content, f"image {index}", self.channels), self.labels[index]
 
 
-def _decode(content: bytes, name: str, channels: int) -> np.ndarray:
+def _decode(content: object, name: str, channels: int) -> np.ndarray:
     """(H, W, C) of an image file: grey for a network of one channel, else RGB; of 16 bits the upper eight."""
+    if not isinstance(content, bytes):
+        raise UserError(f"{name} is no encoded image: it is stored as {type(content).__name__}, not as bytes.")
     pillow = _pillow()
     try:
         image = pillow.open(io.BytesIO(content))

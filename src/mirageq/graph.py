@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Container
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from mirageq.errors import UserError
@@ -117,6 +118,11 @@ def last_layer(graph: torch.fx.Graph) -> Node:
 def stored(module: GraphModule, node: Node) -> Tensor:
     """The tensor behind a `get_attr` node."""
     return operator.attrgetter(node.target)(module)
+
+
+def device_of(network: nn.Module) -> torch.device:
+    """Where a network's tensors lie."""
+    return next(chain(network.parameters(), network.buffers())).device
 
 
 def share(module: GraphModule, graph: torch.fx.Graph) -> GraphModule:

@@ -22,7 +22,7 @@ from mirageq.errors import UserError, did_you_mean, first_line
 from mirageq.modules import importable, module_of
 from mirageq.teacher import Teacher
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+WRAPPERS = ("module.", "_orig_mod.")  # what DataParallel and torch.compile put before the names of weights
 DEMO = "demo:efficientnet-lite0"
 FORMS = f"timm:NAME, torchvision:NAME, py:MODULE:CALLABLE, {DEMO}, or a .pt2 file"
 
@@ -81,6 +81,8 @@ def load(
     wanted = image_shape or known.get("input_size")
     if wanted is None:
         raise UserError(f"The image shape of '{name}' is unknown; give --image-shape CHANNELS,HEIGHT,WIDTH.")
+    if len(known.get("mean") or ()) != wanted[0]:  # of the network it was made from, which takes other images
+        known = {}
     return Network(
         name=name,
         model=model.eval(),
@@ -136,13 +138,15 @@ def load_teacher(choice: NetworkChoice, device: str = "cpu") -> Teacher:
 def load_checkpoint(model: nn.Module, path: Path) -> None:
     """Put the weights of a file (safetensors, or a torch file of tensors) into `model`.
 
-    Wrapping in `state_dict` or `model` and the prefix `module.` are undone.
+    Wrapping in `state_dict` or `model` is undone, and what DataParallel and torch.compile put before names.
 
     Raises:
         UserError: the file cannot be read, or its tensors do not fit; the first wrong keys are named.
     """
-    state = {key.removeprefix("module."): value for key, value in _read_tensors(path).items()}
-    own = model.state_dict()
+    state, own = _read_tensors(path), model.state_dict()
+    if not state.keys() >= own.keys():
+        ours = {_plain(key): key for key in own}
+        state = {ours.get(_plain(key), _plain(key)): value for key, value in state.items()}
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in own]
     misshapen = [
@@ -162,6 +166,12 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
     model.load_state_dict(state, strict=False)
 
 
+def _plain(key: str) -> str:
+    while key.startswith(WRAPPERS):
+        key = key.partition(".")[2]
+    return key
+
+
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"There is no checkpoint {path}.")
@@ -170,7 +180,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, RuntimeError, EOFError, ValueError, ImportError) as error:
-        raise UserError(f"The checkpoint {path} cannot be read: {str(error).splitlines()[0]}.") from error
+        raise UserError(f"The checkpoint {path} cannot be read: {first_line(error)}.") from error
     except Exception as error:  # pickle.UnpicklingError of weights_only, whose class torch does not promise
         raise UserError(f"The checkpoint {path} holds more than tensors; save model.state_dict() alone.") from error
     for key in ("state_dict", "model"):
@@ -233,8 +243,9 @@ def _torchvision(name: str, pretrained: bool) -> nn.Module:
     if name not in names:
         raise UserError(f"torchvision has no network '{name}'; {_nearest(name, names)}")
     model = _make(lambda: catalogue.get_model(name, weights="DEFAULT" if pretrained else None), f"torchvision:{name}")
-    crop = 299 if name == "inception_v3" else 224
-    model.pretrained_cfg = {"input_size": (3, crop, crop), "mean": IMAGENET_MEAN, "std": IMAGENET_STD}  # type: ignore[assignment]
+    seen = catalogue.get_model_weights(name).DEFAULT.transforms()  # as images were shown to its best weights
+    crop = seen.crop_size[0]
+    model.pretrained_cfg = {"input_size": (3, crop, crop), "mean": tuple(seen.mean), "std": tuple(seen.std)}  # type: ignore[assignment]
     return model
 
 
@@ -254,7 +265,7 @@ def _python(rest: str, pretrained: bool) -> nn.Module:
     try:
         module = module_of(source)
         build = getattr(module, attribute)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script parses its own arguments, or ends
         raise UserError(f"'py:{rest}' cannot be imported: {type(error).__name__}: {first_line(error)}.") from error
     try:
         with importable(source):

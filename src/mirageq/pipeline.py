@@ -9,6 +9,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from mirageq.errors import UserError
+from mirageq.graph import device_of
 from mirageq.images import ImageSource
 from mirageq.journal import Journal
 from mirageq.methods import Method
@@ -144,5 +145,5 @@ def teach(
 
 def calibrate(student: Student, source: ImageSource, images: int) -> None:
     """Set the student's activation ranges on `images` images of the source."""
-    device = next(student.parameters()).device
+    device = device_of(student)
     student.calibrate(chunk.to(device) for chunk in source.sample(images).images.split(CALIBRATION_BATCH))

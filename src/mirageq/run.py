@@ -72,8 +72,12 @@ class Run:
             file = (folder / RECORD).open("x", encoding="utf-8")
         except FileExistsError as error:
             raise UserError(f"{folder} holds a run that was begun at the same time; give another folder.") from error
-        with file:
-            file.write(text)
+        try:
+            with file:
+                file.write(text)
+        except OSError:  # the disk is full: no half of a record stays
+            (folder / RECORD).unlink()
+            raise
         return run
 
     @staticmethod

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from mirageq.capture import capture, on_device
 from mirageq.errors import UserError, first_line
-from mirageq.graph import batch_norms, is_stored, running_statistics, stored
+from mirageq.graph import batch_norms, device_of, is_stored, running_statistics, stored
 from mirageq.observe import Observation, Observer
 
 
@@ -85,7 +85,7 @@ class Teacher:
 
     @property
     def device(self) -> torch.device:
-        return next(self.network.parameters()).device
+        return device_of(self.network)
 
     def require_batch_norms(self, method: str) -> None:
         """Raise a `UserError` unless the network has the running statistics that `method` lives on."""

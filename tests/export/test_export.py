@@ -298,7 +298,7 @@ def test_a_file_that_breaks_the_rules_is_told(images, tmp_path):
 def test_what_onnx_cannot_write_is_told(images, tmp_path, monkeypatch):
     teacher, student = student_of(TinyResNet(), images)
     monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no way\nat all")))
-    with pytest.raises(UserError, match="The network cannot be written as ONNX: no way$"):
+    with pytest.raises(UserError, match=r"The network cannot be written as ONNX: no way\.$"):
         export_student(student, teacher, tmp_path / "model.onnx")
 
 

@@ -45,6 +45,49 @@ def test_a_small_residual_network_by_hand():
     assert floats == ["image", "conv2", "conv3.mean", "linear.bias", "linear"]
 
 
+class Ending(nn.Module):
+    """Two heads, and what a network may still do with their logits."""
+
+    def __init__(self, end):
+        super().__init__()
+        self.conv, self.f, self.g, self.end = nn.Conv2d(3, 8, 3), nn.Linear(8, 4), nn.Linear(8, 4), end
+
+    def forward(self, x):
+        x = torch.relu(self.conv(x)).mean((2, 3))
+        return self.end(self.f(x), self.g(x))
+
+
+@pytest.mark.parametrize("placement", ["paper", "deploy"])
+@pytest.mark.parametrize(
+    ("end", "layers"),
+    [
+        (lambda f, g: torch.cat([f, g], 1), "fg"),
+        (lambda f, g: (f + g) / 2, "fg"),
+        (lambda f, g: torch.cat([torch.zeros_like(g), g], 1), "g"),
+        (lambda f, g: 16 * g, "g"),
+        (lambda f, g: torch.log_softmax(g / 3 - 1, 1), "g"),
+    ],
+)
+def test_logits_stay_in_float_whatever_is_done_with_them(end, layers, placement):
+    student = placed(Ending(end), placement, first_last_bits=8, residual_bits=6)
+    assert set(student.activation_quantizers) <= {"image", "conv", "conv.mean"}
+    for layer in layers:
+        assert student.weight_quantizers[layer].bits == 8
+
+
+def test_a_head_that_something_else_reads_is_no_logit():
+    class Again(Ending):
+        def forward(self, x):
+            x = self.f(torch.relu(self.conv(x)).mean((2, 3)))
+            return x + self.g(torch.cat([torch.relu(x), x], 1))
+
+    model = Again(None)
+    model.g = nn.Linear(8, 4)
+    student = placed(model, first_last_bits=8)
+    assert "f" in student.activation_quantizers
+    assert (student.weight_quantizers["f"].bits, student.weight_quantizers["g"].bits) == (4, 8)
+
+
 def test_cifar_resnet20_has_20_weight_and_19_activation_quantizers(shared_data, monkeypatch):
     monkeypatch.syspath_prepend(str(shared_data))
     import zoo

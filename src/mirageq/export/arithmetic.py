@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 
 from mirageq.export.emit import feeds_sum, rounded_by
 from mirageq.export.kernels import KERNELS, Kernels, Requantization, Rounding
-from mirageq.graph import LINEAR, WEIGHTED, is_stored, kind, stored
+from mirageq.graph import LINEAR, WEIGHTED, device_of, is_stored, kind, stored
 from mirageq.quant import Student
 from mirageq.quant.operations import keeps_grid, main_input
 from mirageq.quant.quantizers import ActivationQuantizer, BiasQuantizer, WeightQuantizer
@@ -107,7 +107,7 @@ def _bias(network: GraphModule, layer: Node, channels: int) -> Tensor | None:
     """(O,) float64, as it was settled; zeros for a layer without, None for one that is computed from the image."""
     node = layer.args[2] if len(layer.args) > 2 else None
     if node is None:
-        return torch.zeros(channels, dtype=torch.float64, device=next(network.parameters()).device)
+        return torch.zeros(channels, dtype=torch.float64, device=device_of(network))
     part = network.get_submodule(node.target) if node.op == "call_module" else None
     if isinstance(part, _Constant):
         return part.value  # type: ignore[return-value]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mirageq.errors import UserError
+from mirageq.errors import UserError, first_line
 from mirageq.export.emit import PROFILES
 from mirageq.export.onnx import export_student, export_teacher
 from mirageq.export.verify import RUNTIMES, Verification, installed, verify
@@ -105,8 +105,8 @@ def check_structure(path: Path, profile: str) -> int:
     model = onnx.load(path)
     try:
         onnx.checker.check_model(model, full_check=True)
-    except onnx.checker.ValidationError as error:
-        raise UserError(f"{path} is not valid ONNX: {str(error).strip().splitlines()[0]}.") from error
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise UserError(f"{path} is not valid ONNX: {first_line(error)}.") from error
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     if PROFILES[profile].symmetric:
         for node in model.graph.node:

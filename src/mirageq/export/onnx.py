@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch.fx import GraphModule
 
-from mirageq.errors import UserError
+from mirageq.errors import UserError, first_line
 from mirageq.export.emit import OPSET, PROFILES, integer_network, packable
-from mirageq.graph import free_name, kind
+from mirageq.graph import argument, free_name, kind
 from mirageq.quant import Student
 from mirageq.quant.placement import activations, name_of
 from mirageq.teacher import Teacher
@@ -77,8 +77,13 @@ def require_onnx() -> None:
         raise UserError(f"Exporting needs {error.name}: pip install 'mirageq[onnx]'.") from error
 
 
-def _translate(network: nn.Module, teacher: Teacher) -> ir.Model:
+def _translate(network: GraphModule, teacher: Teacher) -> ir.Model:
     require_onnx()
+    for node in network.graph.find_nodes(op="call_function", target=torch.ops.aten.avg_pool2d.default):
+        if argument(node, 6, "divisor_override", None) is not None:
+            raise UserError(
+                f"ONNX's average pool has no divisor_override ('{node.name}'). Multiply its result by a number instead."
+            )
     example = torch.zeros(2, *teacher.image_shape, device=teacher.device)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _quiet("torch.onnx"):
@@ -120,8 +125,7 @@ def _unsupported(error: BaseException, teacher: Teacher) -> str:
                     f"ONNX has no operation for '{kind(node)}' at '{name_of(node, flow)}'. "
                     "Replace it in the network by operations ONNX knows."
                 )
-    first = str(error).strip().splitlines()[0]
-    return f"The network cannot be written as ONNX: {first}"
+    return f"The network cannot be written as ONNX: {first_line(error)}."
 
 
 def _share_nothing(model: ir.Model) -> None:

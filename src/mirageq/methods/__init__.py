@@ -69,7 +69,7 @@ def find(name: str) -> type:
     module, _, attribute = name.rpartition(":")
     try:
         found = getattr(module_of(module), attribute)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(
             f"The method '{name}' cannot be imported: {type(error).__name__}: {first_line(error)}."
         ) from error

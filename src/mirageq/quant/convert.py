@@ -72,12 +72,13 @@ def convert(network: GraphModule, scheme: Scheme) -> Student:
     real = [layer for layer in layers if not is_folded_norm(layer)]
     first, last = real[0], real[-1]
     planned = plan(graph, scheme.placement)
+    ending = [layer for layer in real if layer is last or layer in planned.tail]  # of several heads all
     reads = {layer: (layer.args[0], stored_bias(layer)) for layer in layers}  # before quantizers come between
 
     read = {feeding(source, planned) for source, _ in reads.values()}
-    bits = _special_bits(graph, planned, scheme, leading, first, last)
+    bits = _special_bits(graph, planned, scheme, leading, first, ending)
     paths = _quantize_activations(module, planned, scheme, read, bits)
-    ends = {layer.args[1].target for layer in (*leading, first, last)}
+    ends = {layer.args[1].target for layer in (*leading, first, *ending)}
     scales = _quantize_weights(module, layers, scheme, ends)
     if scheme.placement == "deploy":
         _round_biases(module, reads, planned, paths, scales)
@@ -98,15 +99,15 @@ def float_twin(network: GraphModule, scheme: Scheme) -> Student:
 
 
 def _special_bits(
-    graph: Graph, planned: Plan, scheme: Scheme, leading: list[Node], first: Node, last: Node
+    graph: Graph, planned: Plan, scheme: Scheme, leading: list[Node], first: Node, ending: list[Node]
 ) -> dict[Node | None, int]:
-    """The bits of the image, and of what the scheme names apart: what the first layer gives, what the last reads."""
+    """The bits of the image, and of what the scheme names apart: what the first layer gives, what heads read."""
     bits: dict[Node | None, int] = {}
     flow = activations(graph)
     if scheme.first_output_bits is not None:
         bits |= {node: scheme.first_output_bits for node, layer in flow.items() if layer is first}
     if scheme.first_last_bits is not None:
-        bits[feeding(last.args[0], planned)] = scheme.first_last_bits
+        bits |= {feeding(last.args[0], planned): scheme.first_last_bits for last in ending}
     if scheme.placement == "deploy":
         bits |= {node: IMAGE_BITS for node, layer in flow.items() if layer.op == "placeholder" or layer in leading}
     return bits

@@ -44,11 +44,13 @@ class Plan:
     Attributes:
         quantized: name -> the node that a quantizer follows, in order of computation; the image is called "image".
         grids: node -> the quantized node whose grid its values lie on; absent for values in float.
+        tail: the logits, and what is computed from them alone, back from the network's result; all in float.
         left_in_float: (tensor or operation, reason).
     """
 
     quantized: dict[str, Node]
     grids: dict[Node, Node]
+    tail: list[Node]
     left_in_float: tuple[tuple[str, str], ...]
 
 
@@ -60,7 +62,7 @@ def plan(graph: Graph, placement: Placement) -> Plan:
     quantized = _named(nodes, flow)
     grids = _grids(flow, set(nodes))
     report = _left_by_paper if placement == "paper" else _left_by_deploy
-    return Plan(quantized, grids, (*report(graph, flow, grids, tail), *_unusual_tensors(flow)))
+    return Plan(quantized, grids, tail, (*report(graph, flow, grids, tail), *_unusual_tensors(flow)))
 
 
 def activations(graph: Graph) -> Flow:
@@ -128,14 +130,18 @@ def _grids(flow: Flow, quantized: set[Node]) -> dict[Node, Node]:
 
 
 def _tail(graph: Graph, flow: Flow) -> list[Node]:
-    """From the network's result back to the operation that computes the logits."""
+    """From the network's result back to the operations that compute the logits, of every head if they are several.
+
+    What only scales, moves, joins or adds logits leaves them logits.
+    """
     (output,) = graph.find_nodes(op="output")
-    tail = [output.args[0]]
-    while keeps_grid(tail[-1]) or kind(tail[-1]) in FINISHERS:
-        source = main_input(tail[-1])
-        if source not in flow or len(source.users) > 1:
-            break
-        tail.append(source)
+    tail: list[Node] = []
+    finishing = {output}
+    for node in reversed(flow):
+        if node.users and finishing.issuperset(node.users):
+            tail.append(node)
+            if keeps_grid(node) or kind(node) in FINISHERS:
+                finishing.add(node)
     return tail
 
 
