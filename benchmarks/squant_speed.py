@@ -1,6 +1,7 @@
 """What the baseline without synthesis costs: python benchmarks/squant_speed.py [TIMM_NAME]
 
 Recipe `squant` on a randomly initialised network (resnet18): seconds of each stage, three times; nothing is downloaded.
+The network is captured as a graph once, before: every method needs that.
 """
 
 from __future__ import annotations
