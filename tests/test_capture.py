@@ -246,6 +246,36 @@ def test_a_network_that_draws_random_numbers_is_refused():
         capture(Always("noise").eval(), SHAPE)
 
 
+@pytest.mark.parametrize("layer", [nn.RReLU(), nn.LSTM(3, 3, dropout=0.5, num_layers=2), nn.GRU(3, 3)], ids=str)
+def test_what_is_random_in_training_alone_is_captured(layer):
+    class Mostly(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.fc = layer, nn.Linear(3, 5)
+
+        def forward(self, x):
+            x = self.layer(x.mean((2, 3))[None])
+            return self.fc((x[0] if isinstance(x, tuple) else x)[0])
+
+    model, images = Mostly().eval(), torch.randn(4, *SHAPE)
+    torch.testing.assert_close(capture(model, SHAPE)(images), model(images))
+
+
+def test_attention_that_always_drops_is_refused():
+    class Dropping(nn.Module):
+        def __init__(self, share):
+            super().__init__()
+            self.fc, self.share = nn.Linear(3, 5), share
+
+        def forward(self, x):
+            x = x.mean((2, 3))[:, None]
+            return self.fc(nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=self.share)[:, 0])
+
+    capture(Dropping(0.0).eval(), SHAPE)
+    with pytest.raises(UserError, match="The network draws random numbers .*scaled_dot_product_attention"):
+        capture(Dropping(0.5).eval(), SHAPE)
+
+
 def test_a_program_whose_tensors_are_all_buffers_has_a_device():
     class Fixed(nn.Module):
         def __init__(self):

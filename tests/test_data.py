@@ -91,7 +91,7 @@ def test_parquet_with_images_as_hugging_face_stores_them_and_as_none_can(tmp_pat
 
     (image,) = pixels(1)
     column = [{"bytes": png(image), "path": "one.png"}, {"bytes": None, "path": "two.png"}]
-    parquet.write_table(pyarrow.table({"jpeg": column, "label": [1, 0]}), tmp_path / "val.parquet")
+    parquet.write_table(pyarrow.table({"image": column, "label": [1, 0]}), tmp_path / "val.parquet")
     read, labels = everything(open_images(tmp_path / "val.parquet", SHAPE, limit=1))
     assert labels == [1]
     assert np.array_equal(read[0].permute(1, 2, 0).numpy(), image)

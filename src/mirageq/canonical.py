@@ -23,9 +23,6 @@ OTHER_NAMES = {"clip": "clamp", "concat": "cat", "concatenate": "cat", "special_
 OTHER_NAMES |= {"divide": "div", "true_divide": "div", "subtract": "sub", "negative": "neg"}
 """Operations that have two names, and the one they go by here."""
 
-MAY_DROP = {"rrelu_with_noise", "scaled_dot_product_attention"}
-"""Operations that are random in training mode alone."""
-
 COMPUTED_FROM = "computed_from"
 """Where a captured network with computed weights notes the hash of what they were computed from, in its `meta`."""
 
@@ -95,15 +92,22 @@ def _check_precision(graph: Graph) -> None:
 
 def _check_no_randomness(graph: Graph) -> None:
     """Take out random numbers that nobody reads, such as dropout's; raise a `UserError` for others."""
-    for node in reversed(list(graph.nodes)):
-        if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()) or kind(node) in MAY_DROP:
-            continue
+    for node in reversed([node for node in graph.nodes if _is_random(node)]):
         if node.users:
             raise UserError(
                 f"The network draws random numbers ('{node.name}', {kind(node)}), so it never answers alike. Leave "
                 "that out of its forward in evaluation mode."
             )
         graph.erase_node(node)
+
+
+def _is_random(node: Node) -> bool:
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    for position, slot in enumerate(node.target._schema.arguments):
+        if slot.name in ("train", "training", "dropout_p"):
+            return bool(argument(node, position, slot.name, slot.default_value))
+    return True
 
 
 def _restore_batch_norm(graph: Graph, node: Node) -> None:

@@ -109,8 +109,8 @@ def open_images(
     Args:
         path: a folder with one sub-folder a class (labels in the order of their names), a `.npz` with `images`
             (N, H, W, C) uint8 and `labels`, a binary CIFAR file (`test_batch.bin`, or CIFAR-100's `test.bin`), a
-            parquet file with columns `jpeg` and `label`, or a calibration pack: synthetic images, labelled with the
-            classes they were made for, on which settings may be chosen.
+            parquet file with columns `jpeg` (or `image`) and `label`, or a calibration pack: synthetic images, labelled
+            with the classes they were made for, on which settings may be chosen.
         image_shape: (C, H, W) that the network takes; image files are read as grey where C is 1, else as RGB.
         resize: pixels of the short side before the centre crop; None crops the image as it is.
         limit: only the first so many; of a folder, as many of each class as it can be.
@@ -228,14 +228,16 @@ class _Parquet:
             import pyarrow.parquet
         except ImportError as error:
             raise UserError("Reading parquet needs pyarrow: pip install 'mirageq[data]'.") from error
-        table = pyarrow.parquet.read_table(path, columns=["jpeg", "label"])
-        self.jpegs, self.labels = table["jpeg"], _whole(table["label"].to_pylist()).tolist()
+        names = pyarrow.parquet.read_schema(path).names
+        column = "image" if "image" in names and "jpeg" not in names else "jpeg"
+        table = pyarrow.parquet.read_table(path, columns=[column, "label"])
+        self.images, self.labels = table[column], _whole(table["label"].to_pylist()).tolist()
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        image = self.jpegs[index].as_py()
+        image = self.images[index].as_py()
         content = image.get("bytes") if isinstance(image, dict) else image  # as Hugging Face's data sets have it
         return _decode(content, f"image {index}", self.channels), self.labels[index]
 

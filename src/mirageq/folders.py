@@ -53,7 +53,7 @@ def alone(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[Non
     if not fcntl:
         yield
         return
-    with path.open("a" if waiting else "r") as file:
+    with path.open("a" if waiting else "r+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

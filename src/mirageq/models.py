@@ -244,7 +244,7 @@ def _torchvision(name: str, pretrained: bool) -> nn.Module:
         raise UserError(f"torchvision has no network '{name}'; {_nearest(name, names)}")
     model = _make(lambda: catalogue.get_model(name, weights="DEFAULT" if pretrained else None), f"torchvision:{name}")
     seen = catalogue.get_model_weights(name).DEFAULT.transforms()  # as images were shown to its best weights
-    crop = seen.crop_size[0]
+    crop = getattr(model, "image_size", seen.crop_size[0])  # a transformer is built for one size
     model.pretrained_cfg = {"input_size": (3, crop, crop), "mean": tuple(seen.mean), "std": tuple(seen.std)}  # type: ignore[assignment]
     return model
 

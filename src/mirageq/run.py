@@ -75,7 +75,7 @@ class Run:
         try:
             with file:
                 file.write(text)
-        except OSError:  # the disk is full: no half of a record stays
+        except BaseException:  # the disk is full, say: no half of a record stays
             (folder / RECORD).unlink()
             raise
         return run

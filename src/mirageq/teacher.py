@@ -182,7 +182,7 @@ def _first_look(observe: Observer, image_shape: tuple[int, int, int], device: st
             f"The network does not accept images of shape {tuple(image_shape)} (channels, height, width): "
             f"{first_line(error)}. Give the shape it was exported with."
         ) from error
-    if seen.logits.dim() != 2:
+    if seen.logits.dim() != 2 or not seen.logits.is_floating_point():
         raise UserError(
             f"The network must return logits (N, classes); for 2 images it returned a tensor of shape "
             f"{tuple(seen.logits.shape)}. Wrap it so that it classifies whole images."

@@ -66,6 +66,12 @@ class Ending(nn.Module):
         (lambda f, g: torch.cat([torch.zeros_like(g), g], 1), "g"),
         (lambda f, g: 16 * g, "g"),
         (lambda f, g: torch.log_softmax(g / 3 - 1, 1), "g"),
+        (lambda f, g: F.normalize(g), "g"),
+        (lambda f, g: 30 * torch.tanh(g / 30), "g"),
+        (lambda f, g: g - g.mean(1, keepdim=True), "g"),
+        (lambda f, g: torch.stack([f, g]).mean(0), "fg"),
+        (lambda f, g: torch.relu(f) + g, "fg"),
+        (lambda f, g: torch.sigmoid(f) * g, "fg"),
     ],
 )
 def test_logits_stay_in_float_whatever_is_done_with_them(end, layers, placement):
@@ -73,6 +79,28 @@ def test_logits_stay_in_float_whatever_is_done_with_them(end, layers, placement)
     assert set(student.activation_quantizers) <= {"image", "conv", "conv.mean"}
     for layer in layers:
         assert student.weight_quantizers[layer].bits == 8
+    logits = [name for name, why in student.left_in_float() if why.startswith("the logits")]
+    assert sorted(logits) == list(layers)
+
+
+@pytest.mark.parametrize(
+    ("end", "kept"),
+    [
+        (lambda a, b: torch.cat([a, b], 1).amax((2, 3)), ["a", "b"]),
+        (lambda a, b: (a * torch.sigmoid(b.mean((2, 3), keepdim=True))).amax((2, 3)), ["b.sigmoid"]),
+        (lambda a, b: (a + b).mean((2, 3)), ["a", "b", "b.add"]),
+    ],
+)
+def test_maps_before_the_last_pooling_are_on_a_grid(end, kept):
+    class Mapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return end(torch.relu(self.a(x)), torch.relu(self.b(x)))
+
+    assert set(kept) <= set(placed(Mapped()).activation_quantizers)
 
 
 def test_a_head_that_something_else_reads_is_no_logit():

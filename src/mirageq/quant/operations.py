@@ -45,7 +45,6 @@ ROOTS = {"sqrt", "rsqrt", "reciprocal", "log"}
 """Operations that are steep, or have no value, at zero."""
 
 FINISHERS = {"softmax", "_softmax", "log_softmax", "_log_softmax", "sigmoid"}
-FINISHERS |= {"add", "sub", "rsub", "mul", "div", "neg", "cat", "stack", "zeros_like"}
 """Operations that may come between the logits and the end of the network."""
 
 

@@ -132,17 +132,27 @@ def _grids(flow: Flow, quantized: set[Node]) -> dict[Node, Node]:
 def _tail(graph: Graph, flow: Flow) -> list[Node]:
     """From the network's result back to the operations that compute the logits, of every head if they are several.
 
-    What only scales, moves, joins or adds logits leaves them logits.
+    What is no map any more, and not read by a layer, are logits, whatever is done with them.
     """
     (output,) = graph.find_nodes(op="output")
     tail: list[Node] = []
-    finishing = {output}
+    finishing, of_vectors = {output}, set[Node]()
     for node in reversed(flow):
-        if node.users and finishing.issuperset(node.users):
-            tail.append(node)
-            if keeps_grid(node) or kind(node) in FINISHERS:
-                finishing.add(node)
+        read_by = set(node.users) - (of_vectors if _is_vector(node) else set())
+        if not node.users or not finishing.issuperset(read_by):
+            continue
+        tail.append(node)
+        if keeps_grid(node) or kind(node) in FINISHERS:
+            finishing.add(node)
+        elif _is_vector(node) and node.target not in (*WEIGHTED, BATCH_NORM):
+            of_vectors.add(node)
     return tail
+
+
+def _is_vector(node: Node) -> bool:
+    """Whether a node gives at most two dimensions, images and numbers, or several of those stacked."""
+    parts = node.all_input_nodes if kind(node) == "stack" else [node]
+    return all(isinstance(value := part.meta.get("val"), torch.Tensor) and value.dim() <= 2 for part in parts)
 
 
 def _is_activation_function(node: Node) -> bool:
@@ -228,7 +238,7 @@ def _left_by_paper(graph: Graph, flow: Flow, grids: dict[Node, Node], tail: list
     for node in flow:
         if (bias := stored_bias(node)) is not None:
             left.append((bias.target, "the paper's placement leaves biases in float"))
-    return [*left, _logits(flow, tail)]
+    return [*left, *_logits(flow, tail)]
 
 
 def _left_by_deploy(graph: Graph, flow: Flow, grids: dict[Node, Node], tail: list[Node]) -> list[tuple[str, str]]:
@@ -241,7 +251,7 @@ def _left_by_deploy(graph: Graph, flow: Flow, grids: dict[Node, Node], tail: lis
             left.append((name_of(node, flow), f"{name} is computed in float, between two quantizers"))
         if (bias := stored_bias(node)) is not None and node.args[0] not in grids:
             left.append((bias.target, "the layer's input is in float, so there is no step to round to"))
-    return [*left, _logits(flow, tail)]
+    return [*left, *_logits(flow, tail)]
 
 
 def _unusual_tensors(flow: Flow) -> list[tuple[str, str]]:
@@ -255,5 +265,7 @@ def _unusual_tensors(flow: Flow) -> list[tuple[str, str]]:
     return left
 
 
-def _logits(flow: Flow, tail: list[Node]) -> tuple[str, str]:
-    return name_of(tail[-1], flow), "the logits, the network's result"
+def _logits(flow: Flow, tail: list[Node]) -> list[tuple[str, str]]:
+    """What the tail begins with."""
+    first = [node for node in reversed(tail) if set(tail).isdisjoint(node.all_input_nodes)]
+    return [(name_of(node, flow), "the logits, the network's result") for node in first]
