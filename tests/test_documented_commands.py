@@ -24,8 +24,10 @@ DOCUMENTS = [
 
 def commands(document: Path) -> list[str]:
     """Lines that begin with `mirageq`, in a code block or a comment, with those that a backslash continues."""
-    text = re.sub(r"^# ?", "", document.read_text(), flags=re.MULTILINE) if document.suffix == ".toml" else None
-    lines = re.sub(r"\\\n\s*", "", text or document.read_text()).splitlines()
+    text = document.read_text()
+    if document.suffix == ".toml":
+        text = re.sub(r"^# ?", "", text, flags=re.MULTILINE)
+    lines = re.sub(r"\\\n\s*", "", text).splitlines()
     return [line.strip() for line in lines if re.match(r"(  +)?mirageq [a-z]+ ", line)]
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import traceback
 from collections.abc import Sequence
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from mirageq.data import LabelledImages
 from mirageq.errors import UserError, first_line
 from mirageq.evaluate import accuracy, intra_class_distance, silhouette
 from mirageq.folders import alone, check_folder, file_name, replacing, write_text
-from mirageq.hashing import hash_tensors
+from mirageq.hashing import hash_tensors, short_hash
 from mirageq.images import Batch, ImageSource
 from mirageq.journal import Journal, read_lines
 from mirageq.pipeline import teach, untuned
@@ -239,8 +238,7 @@ class Comparison:
     def _workplace(self, label: str, recipe: Table) -> Path:
         """Where a cell is computed: nothing of another recipe or network lies there."""
         told = json.dumps([self.protocol.weights_sha256, recipe], sort_keys=True)
-        fingerprint = sha256(told.encode()).hexdigest()
-        return self.work / "cells" / file_name(f"{label}-{fingerprint[:8]}")
+        return self.work / "cells" / file_name(f"{label}-{short_hash(told)}")
 
     def _images_of(self, method: str, count: int, seed: int) -> Path:
         return self.work / "images" / file_name(f"{method}-{count}-seed{seed}")

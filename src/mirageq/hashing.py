@@ -1,4 +1,4 @@
-"""What tensors are known by."""
+"""What tensors are known by, and folders."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import hashlib
 
 import torch
 from torch import Tensor
+
+
+def short_hash(text: str) -> str:
+    """Eight digits of a text's SHA-256, for the name of a folder."""
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def hash_tensors(tensors: dict[str, Tensor]) -> str:

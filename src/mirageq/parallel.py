@@ -8,7 +8,6 @@ import traceback
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from hashlib import sha256
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -21,6 +20,7 @@ from mirageq.compare import Comparison, require_none
 from mirageq.data import open_images
 from mirageq.errors import UserError
 from mirageq.folders import file_name, write_text
+from mirageq.hashing import short_hash
 from mirageq.models import NetworkChoice, load_teacher
 from mirageq.pipeline import untuned
 from mirageq.plan import Cell, Plan
@@ -117,7 +117,7 @@ def _begin(setting: Setting, task: Task, threads: int) -> BaseProcess:
 def _paper(setting: Setting, task: Task, ending: str) -> Path:
     """Where a task writes its log, or its result: a place of this comparison's own, if others share its work."""
     folder = setting.comparison.folder
-    own = f"{folder.name}-{sha256(str(folder.resolve()).encode()).hexdigest()[:8]}"
+    own = f"{folder.name}-{short_hash(str(folder.resolve()))}"
     return setting.comparison.work / "tasks" / own / f"{file_name(task.label)}.{ending}"
 
 

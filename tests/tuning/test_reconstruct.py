@@ -214,17 +214,21 @@ def test_weights_that_are_buffers_are_reconstructed_too(source):
     assert (student(images) - teacher(images)).square().mean() < before
 
 
+class Twice(nn.Module):
+    """A network whose middle, `body(x, conv)`, calls one convolution twice."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.stem, self.conv, self.body = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), body
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.fc(self.body(torch.relu(self.stem(x)), self.conv).mean((2, 3)))
+
+
 def test_a_block_in_which_nothing_is_left_to_learn_is_passed_over(source):
-    class Twice(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.stem, self.conv = torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.Conv2d(8, 8, 3, padding=1)
-            self.fc = torch.nn.Linear(8, 5)
-
-        def forward(self, x):
-            return self.fc(self.conv(self.conv(torch.relu(self.stem(x)))).mean((2, 3)))
-
-    teacher, journal = Teacher.wrap(Twice(), SHAPE), Journal()
+    in_a_row = Twice(lambda x, conv: conv(conv(x)))
+    teacher, journal = Teacher.wrap(in_a_row, SHAPE), Journal()
     student = student_of(teacher, source)
     Reconstruct(**QUICK, layers_per_block=1).tune(teacher, student, source, journal=journal)
     errors = [(row["before"], row["after"]) for row in journal.history if row["stage"] == "reconstruct"]
@@ -421,17 +425,8 @@ def test_steps_of_all_channels_learn_at_one_rate_relative_to_their_size():
 
 
 def test_a_layer_that_is_read_twice_in_a_block_has_one_rounding():
-    class Twice(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.stem, self.conv = torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.Conv2d(8, 8, 3, padding=1)
-            self.fc = torch.nn.Linear(8, 5)
-
-        def forward(self, x):
-            x = torch.relu(self.stem(x))
-            return self.fc(torch.relu(x + self.conv(torch.relu(self.conv(x)))).mean((2, 3)))
-
-    teacher = Teacher.wrap(Twice(), SHAPE)
+    residual = Twice(lambda x, conv: torch.relu(x + conv(torch.relu(conv(x)))))
+    teacher = Teacher.wrap(residual, SHAPE)
     source = Noise().synthesize(teacher, 64)
     student, images = student_of(teacher, source), source.sample(64).images
     before = (student(images) - teacher(images)).square().mean()
